@@ -1,0 +1,120 @@
+"""Checks of the operations' arguments; none of them reads device memory."""
+
+import torch
+from torch import Tensor
+
+from triattention_kernels.errors import ArgumentError
+from triattention_kernels.paged import PagedKV, RoundBatch
+
+SCORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_batch(batch: RoundBatch, block_size: int, device: torch.device) -> None:
+    """Raise ArgumentError unless every round of ``batch`` is possible with this block size."""
+    num_requests = batch.num_requests
+    for name, blocks, counts in (
+        ("source_blocks", batch.source_blocks, batch.num_source_blocks),
+        ("destination_blocks", batch.destination_blocks, batch.num_destination_blocks),
+    ):
+        check_tensor(name, blocks, (num_requests, None), (torch.int64,), device)
+        if len(counts) != num_requests or any(n < 1 or n > blocks.shape[1] for n in counts):
+            raise ArgumentError(
+                f"num_{name} is {counts}; one count per request ({num_requests}), each from 1"
+                f" to the row length {blocks.shape[1]}, is needed"
+            )
+    for idx, (num_destination, num_source) in enumerate(
+        zip(batch.num_destination_blocks, batch.num_source_blocks, strict=True)
+    ):
+        if num_destination > num_source:
+            raise ArgumentError(
+                f"request {idx} keeps {num_destination} blocks of {num_source}; at most all of"
+                " its source blocks can be kept"
+            )
+    if len(batch.first_candidate) != num_requests or any(
+        first < 0 or first >= block_size for first in batch.first_candidate
+    ):
+        raise ArgumentError(
+            f"first_candidate is {batch.first_candidate}; one per request ({num_requests}), each"
+            f" from 0 to {block_size - 1}, is needed: start the region at the block that holds"
+            " the first candidate"
+        )
+
+
+def check_score(
+    kv: PagedKV,
+    batch: RoundBatch,
+    query_weights: Tensor,
+    norm_weights: Tensor,
+    rotary_dim: int,
+) -> None:
+    """Raise ArgumentError unless the arguments of ``score`` fit each other."""
+    device = kv.keys.device
+    check_batch(batch, kv.block_size, device)
+    if kv.keys.dtype not in SCORED_DTYPES:
+        raise ArgumentError(
+            f"keys of dtype {kv.keys.dtype} cannot be scored; allowed are"
+            f" {_names(SCORED_DTYPES)}: view quantised bytes as the numbers they stand for first"
+        )
+    if rotary_dim < 0 or rotary_dim % 2 or rotary_dim > kv.head_dim:
+        raise ArgumentError(
+            f"rotary_dim is {rotary_dim}; an even number from 0 to the head dim {kv.head_dim}"
+            " is needed"
+        )
+    real = (torch.float32, torch.float64)
+    num_layers, head_dim = kv.num_layers, kv.head_dim
+    shape = (batch.num_requests, num_layers, None, head_dim)
+    check_tensor("query_weights", query_weights, shape, real, device)
+    num_heads = query_weights.shape[2]
+    check_groups(num_heads, kv.num_kv_heads)
+    frequencies = (num_layers, num_heads, rotary_dim // 2)
+    check_tensor("norm_weights", norm_weights, frequencies, real, device)
+
+
+def check_select(scores: Tensor, batch: RoundBatch, block_size: int, num_kv_heads: int) -> None:
+    """Raise ArgumentError unless the arguments of ``select`` fit each other."""
+    check_batch(batch, block_size, scores.device)
+    num_tokens = batch.source_blocks.shape[1] * block_size
+    shape = (batch.num_requests, None, None, num_tokens)
+    check_tensor("scores", scores, shape, (torch.float32, torch.float64), scores.device)
+    check_groups(scores.shape[2], num_kv_heads)
+
+
+def check_compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
+    """Raise ArgumentError unless the arguments of ``compact`` fit each other."""
+    check_batch(batch, kv.block_size, kv.keys.device)
+    num_kept = batch.destination_blocks.shape[1] * kv.block_size
+    shape = (batch.num_requests, kv.num_layers, kv.num_kv_heads, num_kept)
+    check_tensor("kept", kept, shape, (torch.int64,), kv.keys.device)
+
+
+def check_groups(num_heads: int, num_kv_heads: int) -> None:
+    """Raise ArgumentError unless every KV head serves the same number of query heads."""
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise ArgumentError(
+            f"{num_heads} query heads cannot be grouped over {num_kv_heads} KV heads; a multiple"
+            " is needed"
+        )
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Raise ArgumentError unless ``tensor`` has this shape (None: any size), dtype, device."""
+    found = tuple(tensor.shape)
+    if len(found) != len(shape) or any(
+        want is not None and size != want for size, want in zip(found, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ArgumentError(f"{name} has shape {list(found)}; [{wanted}] is needed")
+    if tensor.dtype not in dtypes:
+        raise ArgumentError(f"{name} is {tensor.dtype}; allowed are {_names(dtypes)}")
+    if tensor.device != device:
+        raise ArgumentError(f"{name} is on {tensor.device}; {device} is needed")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,24 @@
+"""Move the kept tokens of a batch of rounds into their destination blocks."""
+
+from torch import Tensor
+
+from triattention_kernels import compact_torch
+from triattention_kernels.checks import check_compact
+from triattention_kernels.paged import PagedKV, RoundBatch
+
+
+def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
+    """Slot j of a request's destination blocks receives its region token ``kept[r, l, h, j]``,
+    keys and values, for every layer and KV head, bit-exact in any dtype.
+
+    Writes ``kv`` in place, whole destination blocks and nothing else. Every read of the batch
+    comes before its first write, so a destination may be a source of the same or of another
+    request.
+
+    kept: [R, L, H_kv, M_max * block_size] int64, region token indices as ``select`` returns
+        them; entries past a request's ``num_destination_blocks * block_size`` are not read.
+    Does not synchronise with the device. Moves ``2 * 2 * L * H_kv * D`` elements per kept token
+    (keys and values, read and written). Raises ArgumentError.
+    """
+    check_compact(kv, batch, kept)
+    compact_torch.compact(kv, batch, kept)

@@ -1,0 +1,191 @@
+"""What the three operations read and write: paged keys and values, and a batch of rounds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from triattention_kernels.errors import ArgumentError
+
+CpuLayout = Literal["vec", "vec16", "amx"]
+
+# vLLM's AMX packing keeps 16 slots (keys) or 16 dims (values) together, in pairs of the other.
+AMX_GROUP = 16
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """Keys and values of all layers of one KV-cache group, as strided views of the cache.
+
+    keys, values: [L, num_blocks, H_kv, S1, S2, D1, D2], never copies: writing through them
+    writes the cache. A token's slot in its block is ``s1 * S2 + s2``, its head dim
+    ``d1 * D2 + d2``; keys and values may split the two differently. Layouts that store a
+    token's head dims as one row have S2 = D2 = 1.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        sizes = []
+        for name, view in (("keys", self.keys), ("values", self.values)):
+            if view.dim() != 7:
+                raise ArgumentError(
+                    f"{name} has shape {list(view.shape)}; 7 dimensions are needed:"
+                    " [L, num_blocks, H_kv, S1, S2, D1, D2]"
+                )
+            slots, dims = view.shape[3] * view.shape[4], view.shape[5] * view.shape[6]
+            sizes.append((*view.shape[:3], slots, dims, view.dtype, view.device))
+        if sizes[0] != sizes[1]:
+            raise ArgumentError(
+                "keys and values differ in (L, num_blocks, H_kv, block size, head dim, dtype,"
+                f" device): {sizes[0]} and {sizes[1]}; give two views of the same cache"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.keys.shape[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool, the null block included."""
+        return self.keys.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H_kv."""
+        return self.keys.shape[2]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block holds."""
+        return self.keys.shape[3] * self.keys.shape[4]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.keys.shape[5] * self.keys.shape[6]
+
+    @classmethod
+    def from_blocks(cls, blocks: Tensor) -> "PagedKV":
+        """Views of blocks that store one row per token: ``blocks[..., :D]`` is its key and
+        ``blocks[..., D:]`` its value.
+
+        blocks: [L, num_blocks, H_kv, block_size, 2 * D], any strides.
+        """
+        _check_blocks(blocks)
+        keys, values = torch.unflatten(blocks, -1, (2, -1)).unbind(-2)
+        return cls(keys[..., None, :, None], values[..., None, :, None])
+
+    @classmethod
+    def from_cpu_layout(cls, blocks: Tensor, layout: CpuLayout) -> "PagedKV":
+        """Views of blocks as vLLM's CPU attention packs them.
+
+        blocks: [L, num_blocks, H_kv, block_size, 2 * D], the last two dimensions contiguous.
+        Per (block, head) the first ``block_size * D`` elements are keys, the rest values:
+
+        - ``vec``, ``vec16``: keys [D, block_size], values [block_size, D];
+        - ``amx``: keys [block_size/16, D/2, 16, 2] = (slot group, dim pair, slot, pair), values
+          [D/16, block_size/2, 16, 2] = (dim group, slot pair, dim, pair).
+
+        Source: vLLM csrc/cpu/cpu_attn_vec.hpp, cpu_attn_amx.hpp (``reshape_and_cache``).
+        """
+        _check_blocks(blocks)
+        if layout not in get_args(CpuLayout):
+            raise ArgumentError(
+                f"CPU layout {layout!r} is unknown; known are {', '.join(get_args(CpuLayout))}"
+            )
+        block_size, head_dim = blocks.shape[3], blocks.shape[4] // 2
+        if blocks.stride()[3:] != (2 * head_dim, 1):
+            raise ArgumentError(
+                f"blocks has strides {list(blocks.stride())}; the last two dimensions must be"
+                f" contiguous, with strides [..., {2 * head_dim}, 1]"
+            )
+        keys, values = torch.unflatten(blocks.flatten(3), 3, (2, -1)).unbind(3)
+        if layout != "amx":
+            keys = torch.unflatten(keys, 3, (head_dim, block_size)).transpose(3, 4)
+            values = torch.unflatten(values, 3, (block_size, head_dim))
+            return cls(keys[..., None, :, None], values[..., None, :, None])
+        if block_size % AMX_GROUP or head_dim % AMX_GROUP:
+            raise ArgumentError(
+                f"block size {block_size} and head dim {head_dim} must be multiples of"
+                f" {AMX_GROUP} in the amx layout"
+            )
+        groups = (block_size // AMX_GROUP, head_dim // 2, AMX_GROUP, 2)
+        keys = torch.unflatten(keys, 3, groups).permute(0, 1, 2, 3, 5, 4, 6)
+        groups = (head_dim // AMX_GROUP, block_size // 2, AMX_GROUP, 2)
+        values = torch.unflatten(values, 3, groups).permute(0, 1, 2, 4, 6, 3, 5)
+        return cls(keys, values)
+
+
+@dataclass(frozen=True)
+class RoundBatch:
+    """One round for each of R requests, executed together.
+
+    The *region* of a request is all tokens of its source blocks, in order. It starts at the
+    block that holds the first candidate, so a few protected tokens may lead it, and its end is
+    block-aligned. A round keeps exactly ``num_destination_blocks * block_size`` tokens of it:
+    the leading protected ones and K survivors.
+
+    source_blocks: [R, S_max] int64, physical block ids in row order, rows padded with 0.
+    destination_blocks: [R, M_max] int64, likewise; all distinct within the batch (not checked:
+        that would synchronise with the device), and free to be source blocks as well.
+    num_source_blocks, num_destination_blocks: blocks of each request, 1 <= M <= S.
+    first_candidate: protected tokens at the start of each region, below the block size.
+    """
+
+    source_blocks: Tensor
+    destination_blocks: Tensor
+    num_source_blocks: tuple[int, ...]
+    num_destination_blocks: tuple[int, ...]
+    first_candidate: tuple[int, ...]
+
+    @property
+    def num_requests(self) -> int:
+        """R."""
+        return len(self.num_source_blocks)
+
+
+def stack_layers(tensors: Sequence[Tensor]) -> Tensor:
+    """One strided view [L, ...] of L tensors that lie in one storage at equal spacing.
+
+    Nothing is copied. Raises ArgumentError where the tensors differ in storage, shape, strides
+    or dtype, or are not equally spaced in ascending order.
+    """
+    if not tensors:
+        raise ArgumentError("no tensors to stack; give at least one layer")
+    first = tensors[0]
+    for idx, tensor in enumerate(tensors):
+        found = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        expected = (first.shape, first.stride(), first.dtype, first.device)
+        if found != expected:
+            raise ArgumentError(
+                f"layer {idx} has (shape, strides, dtype, device) {found}, layer 0 {expected};"
+                " stack only layers that are alike"
+            )
+        if tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            raise ArgumentError(
+                f"layer {idx} lies in another storage than layer 0; stack only layers that"
+                " share one allocation"
+            )
+    offsets = [tensor.storage_offset() for tensor in tensors]
+    spacing = offsets[1] - offsets[0] if len(offsets) > 1 else 1
+    if spacing < 1 or any(
+        offset != offsets[0] + idx * spacing for idx, offset in enumerate(offsets)
+    ):
+        raise ArgumentError(
+            f"the layers start at elements {offsets} of their storage; equally spaced ascending"
+            " starts are needed for one view of all layers"
+        )
+    return first.as_strided((len(tensors), *first.shape), (spacing, *first.stride()))
+
+
+def _check_blocks(blocks: Tensor) -> None:
+    if blocks.dim() != 5 or blocks.shape[4] % 2 or blocks.shape[4] == 0:
+        raise ArgumentError(
+            f"blocks has shape {list(blocks.shape)};"
+            " [L, num_blocks, H_kv, block_size, 2 * D] is needed"
+        )

@@ -1,0 +1,47 @@
+"""Select the tokens that a batch of rounds keeps."""
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from triattention_kernels import select_torch
+from triattention_kernels.checks import check_select
+from triattention_kernels.errors import ArgumentError
+from triattention_kernels.paged import RoundBatch
+
+Selection = Literal["per_head", "per_layer_per_head", "union"]
+
+
+def select(
+    scores: Tensor,
+    batch: RoundBatch,
+    block_size: int,
+    num_kv_heads: int,
+    mode: Selection,
+) -> Tensor:
+    """The region tokens that each request, layer and KV head keeps.
+
+    Per request: every query head's scores are z-normalised over the candidates (population
+    standard deviation, at least 1e-6), then the maximum over the G = H / H_kv query heads of a
+    KV head is taken, then by mode
+
+    - ``per_head``: the mean over layers; one keep set per KV head, the same in every layer;
+    - ``per_layer_per_head``: every (layer, KV head) has its own keep set;
+    - ``union``: the maximum over layers and heads; one keep set for all.
+
+    The K best candidates survive, ``K = num_destination_blocks * block_size - first_candidate``.
+    Of equal ones the later token wins. Scores that are not finite take no part in the
+    normalisation; a token that has one in a head or layer that its keep set depends on ranks
+    last. Deterministic, and independent of the other requests of the batch.
+
+    scores: [R, L, H, S_max * block_size] float32 or float64, as ``score`` returns them.
+    Returns [R, L, H_kv, M_max * block_size] int64: ascending region token indices, the leading
+    protected ones first; 0 past a request's ``num_destination_blocks * block_size``.
+    Does not synchronise with the device. Raises ArgumentError.
+    """
+    check_select(scores, batch, block_size, num_kv_heads)
+    if mode not in get_args(Selection):
+        raise ArgumentError(
+            f"selection mode {mode!r} is unknown; known are {', '.join(get_args(Selection))}"
+        )
+    return select_torch.select(scores, batch, block_size, num_kv_heads, mode)

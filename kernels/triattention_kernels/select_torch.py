@@ -1,0 +1,52 @@
+"""The specification of ``select``, and its path where there is no GPU."""
+
+import torch
+from torch import Tensor
+
+from triattention_kernels.paged import RoundBatch
+
+MIN_STD = 1e-6
+
+
+def select(
+    scores: Tensor, batch: RoundBatch, block_size: int, num_kv_heads: int, mode: str
+) -> Tensor:
+    """See ``triattention_kernels.select.select``."""
+    num_requests, num_layers, _, _ = scores.shape
+    num_kept_max = batch.destination_blocks.shape[1] * block_size
+    kept = torch.zeros(
+        (num_requests, num_layers, num_kv_heads, num_kept_max),
+        dtype=torch.int64,
+        device=scores.device,
+    )
+    for request_idx, first in enumerate(batch.first_candidate):
+        end = batch.num_source_blocks[request_idx] * block_size
+        num_kept = batch.num_destination_blocks[request_idx] * block_size
+        ranking = rank(scores[request_idx, ..., first:end], num_kv_heads, mode)
+        kept[request_idx, ..., :first] = torch.arange(first, device=scores.device)
+        kept[request_idx, ..., first:num_kept] = first + best(ranking, num_kept - first)
+    return kept
+
+
+def rank(scores: Tensor, num_kv_heads: int, mode: str) -> Tensor:
+    """Ranking values of candidates from scores [L, H, T]: [H_kv, T] for ``per_head``,
+    [L, H_kv, T] for ``per_layer_per_head``, [T] for ``union``; NaN where a score is not finite.
+    """
+    scores = torch.where(scores.isfinite(), scores, torch.nan)
+    centred = scores - scores.nanmean(dim=-1, keepdim=True)
+    std = centred.square().nanmean(dim=-1, keepdim=True).sqrt().clamp(min=MIN_STD)
+    ranking = torch.unflatten(centred / std, 1, (num_kv_heads, -1)).amax(dim=2)
+    if mode == "per_head":
+        return ranking.mean(dim=0)
+    if mode == "union":
+        return ranking.amax(dim=(0, 1))
+    return ranking
+
+
+def best(ranking: Tensor, num_survivors: int) -> Tensor:
+    """Ascending indices [..., K] of the K highest values of [..., T]; of equal ones the later,
+    NaN below everything.
+    """
+    latest_first = ranking.nan_to_num(nan=float("-inf")).flip(-1)
+    order = latest_first.argsort(dim=-1, descending=True, stable=True)
+    return (ranking.shape[-1] - 1 - order[..., :num_survivors]).sort(dim=-1).values

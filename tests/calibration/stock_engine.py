@@ -1,0 +1,60 @@
+"""Run as a script: calibrate one model folder in a stock vLLM engine with our attention.
+
+python stock_engine.py MODEL TEXT OUTPUT '{"dtype": "float32", ...engine arguments...}'
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+from vllm import LLM, SamplingParams
+
+from triattention_vllm.engine.attention import override_backends
+from triattention_vllm.engine.calibration import calibrate
+from triattention_vllm.engine.fingerprint import model_fingerprint
+from triattention_vllm.engine.rotary import read_rotary
+
+
+def greedy_answer(engine: LLM) -> list[int]:
+    sampling = SamplingParams(temperature=0.0, max_tokens=8)
+    outputs = engine.generate(["The same prompt"], sampling, use_tqdm=False)
+    return list(outputs[0].outputs[0].token_ids)
+
+
+def main(model_folder: str, text_file: str, output: str, engine_arguments: str) -> None:
+    override_backends()
+    engine = LLM(
+        model=model_folder,
+        kv_cache_memory_bytes=64 << 20,
+        **json.loads(engine_arguments),
+    )
+    core = engine.llm_engine.engine_core.engine_core
+    worker = core.model_executor.driver_worker.worker
+    names = list(worker.vllm_config.compilation_config.static_forward_context)
+    model = worker.get_model()
+    rotary = read_rotary(model, names)
+    fingerprint = model_fingerprint(worker.vllm_config, model, names, rotary)
+    before = greedy_answer(engine)
+    assert engine.reset_prefix_cache()
+    statistics = calibrate(
+        worker,
+        worker.model_runner.kv_cache_config,
+        names,
+        rotary,
+        fingerprint,
+        Path(text_file).read_text(encoding="utf-8"),
+        "test text",
+    )
+    context = worker.vllm_config.compilation_config.static_forward_context
+    assert greedy_answer(engine) == before, "calibration left something behind"
+    assert not any("calibration" in name for name in worker.model_runner.requests)
+    assert all(context[name].impl.query_observer is None for name in names)
+    statistics.save(output)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

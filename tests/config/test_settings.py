@@ -1,0 +1,169 @@
+"""What a Settings object refuses, keeps and describes."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triattention_vllm.config import (
+    Settings,
+    descriptions,
+    environment_name,
+    settings_help,
+    settings_table,
+)
+from triattention_vllm.errors import SettingsError
+
+REFUSED = [
+    ({"budgets": 2048}, "Unknown setting budgets; known are method, budget, interval, window"),
+    ({"budget": "2048"}, r"budget is '2048' \(str\), allowed is a whole number of tokens"),
+    ({"budget": 2048.0}, r"budget is 2048.0 \(float\), allowed is a whole number of tokens"),
+    ({"budget": True}, r"budget is True \(bool\), allowed is a whole number of tokens"),
+    ({"protect": False}, r"protect is False \(bool\), allowed is \"prompt\" or \"all_prompt\""),
+    ({"window": None}, r"window is None \(NoneType\), allowed is a whole number of tokens"),
+    ({"budget": 0}, "budget is 0, allowed is a whole number of tokens, at least 1"),
+    ({"interval": 0}, "interval is 0, allowed is a whole number of tokens, at least 1"),
+    ({"window": -1}, "window is -1, allowed is a whole number of tokens, at least 0"),
+    ({"sink_tokens": -1}, "sink_tokens is -1, allowed is a whole number of tokens, at least 0"),
+    ({"protect": "everything"}, "protect is 'everything', allowed is \"prompt\" or"),
+    ({"protect": -3}, "protect is -3, allowed is .* a whole number of tokens, at least 0"),
+    ({"selection": "per_token"}, "selection is 'per_token', allowed is \"per_head\" or"),
+    ({"method": "snapkv"}, "method is 'snapkv', allowed is \"triattention\""),
+    ({"when": "pressure"}, 'when "pressure" is not available yet, allowed is "always"'),
+    ({"when": "never"}, "when is 'never', allowed is \"always\""),
+    ({"statistics": 7}, r"statistics is 7 \(int\), allowed is a path"),
+    ({"statistics": ""}, "statistics is '', allowed is a path"),
+    ({"budget": 255}, "budget 255 is below window 128 .* set it to at least 256 tokens"),
+    (
+        {"statistics": "a", "calibration_text": "b"},
+        "statistics and calibration_text are both set, .* leave one of them out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("mapping", "message"), REFUSED)
+def test_a_wrong_setting_is_refused_with_what_is_allowed(
+    mapping: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message) as refused:
+        Settings.from_mapping(mapping)
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).endswith(".")
+
+
+def test_nothing_given_means_the_published_setting() -> None:
+    settings = Settings.from_mapping({})
+    assert settings == Settings()
+    assert (settings.budget, settings.interval, settings.window) == (2048, 128, 128)
+    assert (settings.protect, settings.sink_tokens) == ("prompt", 16)
+    assert (settings.selection, settings.when) == ("per_head", "always")
+    assert settings.statistics is None
+
+
+@given(
+    budget=st.integers(2000, 10**6),
+    interval=st.integers(1, 1000),
+    window=st.integers(0, 100),
+    protect=st.sampled_from(["prompt", "all_prompt", "sinks"]) | st.integers(0, 100),
+    selection=st.sampled_from(["per_head", "per_layer_per_head", "union"]),
+    statistics=st.none() | st.text(min_size=1),
+)
+def test_settings_survive_the_way_through_json(**given_settings: object) -> None:
+    settings = Settings.from_mapping(given_settings)
+    assert Settings.from_mapping(json.loads(json.dumps(settings.to_mapping()))) == settings
+
+
+def test_the_policy_has_the_lengths_of_the_settings() -> None:
+    policy = Settings(budget=512, interval=64, window=32, protect=48, sink_tokens=8).policy(16)
+    assert (policy.budget, policy.interval, policy.window) == (512, 64, 32)
+    assert (policy.protect, policy.sink_tokens, policy.block_size) == (48, 8, 16)
+
+
+def test_a_budget_above_max_model_len_is_refused() -> None:
+    settings = Settings(budget=4096)
+    settings.check_engine(max_model_len=4096, block_size=16)
+    with pytest.raises(SettingsError, match="budget 4096 is above max_model_len 4095"):
+        settings.check_engine(max_model_len=4095, block_size=16)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"budget": 256}, "budget 256 leaves no candidate beside window 128 and up to 128 prot"),
+        ({"protect": 1920}, "leaves no candidate .* set budget to 2096 or more, or protect fewer"),
+        ({"protect": "sinks", "sink_tokens": 4000}, "budget 2048 leaves no candidate .* 4000 pro"),
+    ],
+)
+def test_protected_tokens_that_leave_no_candidate_are_refused(
+    mapping: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Settings.from_mapping(mapping).check_engine(max_model_len=32768, block_size=16)
+
+
+@given(
+    budget=st.integers(1, 3000),
+    window=st.integers(0, 300),
+    protect=st.sampled_from(["prompt", "all_prompt", "sinks"]) | st.integers(0, 300),
+    block_size=st.sampled_from([16, 32, 128]),
+)
+def test_settings_pass_exactly_when_every_round_keeps_a_candidate(
+    budget: int, window: int, protect: str | int, block_size: int
+) -> None:
+    mapping = {"budget": budget, "interval": 64, "window": window, "protect": protect}
+    try:
+        settings = Settings.from_mapping(mapping)
+        settings.check_engine(max_model_len=10**6, block_size=block_size)
+    except SettingsError as error:
+        message = str(error)
+        if "leaves no candidate" in message:
+            enough = int(message.split("set budget to ")[1].split(" ")[0])
+            assert enough > budget
+            Settings.from_mapping({**mapping, "budget": enough}).check_engine(10**6, block_size)
+        else:
+            assert budget < window + 64
+        return
+    assert settings.policy(block_size).min_survivors() > 0
+
+
+def test_a_file_that_does_not_exist_is_refused_by_its_path(tmp_path: Path) -> None:
+    for name in ("statistics", "calibration_text"):
+        path = tmp_path / name
+        settings = Settings.from_mapping({name: str(path)})
+        with pytest.raises(SettingsError, match=f"{name} names {path}, which is not a file"):
+            settings.check_files()
+        path.write_text("here")
+        settings.check_files()
+
+
+def test_a_path_in_the_home_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings(statistics="~/s.safetensors").statistics_path == tmp_path / "s.safetensors"
+    assert Settings(calibration_text="~/t").calibration_text_path == tmp_path / "t"
+
+
+def test_the_table_has_one_row_per_setting_with_default_and_variable() -> None:
+    header, rule, *rows = settings_table().splitlines()
+    assert header.count("|") == rule.count("|") == 6
+    assert len(rows) == len(fields(Settings))
+    for row, entry in zip(rows, fields(Settings), strict=True):
+        assert row.startswith(f"| `{entry.name}` |")
+        assert row.endswith(f"| `{environment_name(entry.name)}` |")
+        assert row.count("|") == 6
+    assert "| `budget` | 2048 | a whole number of tokens, at least 1 |" in rows[1]
+
+
+def test_the_help_names_every_setting_but_the_switch() -> None:
+    for name, description in descriptions().items():
+        assert (f"- {name} (" in settings_help()) == (name != "method")
+        assert name == "method" or description.help in settings_help()
+
+
+def test_the_readme_has_the_table_as_it_is_generated() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert settings_table() in readme

@@ -1,0 +1,257 @@
+"""A compressed engine computes what a dense float64 decoder computes that sees the same tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dense_reference import DenseReference
+from dense_replay import Replay, engine_steps, replay
+from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
+
+from triattention_vllm.config import Settings
+from triattention_vllm.method.statistics import Statistics
+
+SMALL = {"budget": 128, "interval": 32, "window": 16}
+FLOAT32_ERROR = 1e-4
+"""Largest error of a log-probability in float32, over 4 layers and some hundred steps of the
+recurrence that generation is; full attention alone reaches a third of it."""
+
+
+def replayed(
+    run: EngineRun,
+    request: RequestRun,
+    dense: DenseReference,
+    settings: Settings,
+    max_chunk: int | None = None,
+) -> Replay:
+    """The reference over the engine's tokens; fails where a choice of survivors was wrong."""
+    computed = request.token_ids[:-1]
+    return replay(
+        dense,
+        computed,
+        num_prompt=request.num_prompt,
+        policy=settings.policy(run.block_size),
+        statistics=Statistics.load(statistics_file(run)),
+        selection=settings.selection,
+        steps=engine_steps(len(computed), request.num_prompt, max_chunk=max_chunk),
+        kept_log=request.kept,
+    )
+
+
+def statistics_file(run: EngineRun) -> str:
+    assert run.statistics is not None
+    return run.statistics.split("kept in ")[-1]
+
+
+def largest_error(request: RequestRun, logprobs: torch.Tensor) -> float:
+    """Engine against reference, over every log-probability that the engine returned."""
+    return max(
+        abs(float(logprobs[request.num_prompt - 1 + i, token]) - value)
+        for i, position in enumerate(request.logprobs)
+        for token, value in position.items()
+    )
+
+
+def assert_pool_is_as_at_the_start(run: EngineRun) -> None:
+    assert run.num_free == run.num_blocks - 1
+    assert set(run.ref_counts) == {0}
+
+
+@pytest.mark.parametrize(
+    ("family", "selection"),
+    [
+        ("qwen3", "per_head"),
+        ("qwen3", "per_layer_per_head"),
+        ("qwen3", "union"),
+        ("gptj", "per_head"),
+        ("gptj", "per_layer_per_head"),
+        ("gptj", "union"),
+        ("llama3", "per_layer_per_head"),
+        ("gpt_neox", "per_head"),
+    ],
+)
+def test_log_probabilities_equal_the_dense_reference_over_many_rounds(
+    family: str,
+    selection: str,
+    model_folder: ModelFolder,
+    reference: Callable[[Path], DenseReference],
+    text: str,
+) -> None:
+    folder, chosen = model_folder(family), {**SMALL, "selection": selection}
+    run = run_engine(
+        folder, [random_prompt(50, 1)], 480, {**chosen, "calibration_text": text},
+        max_model_len=2048,
+    )
+    (request,) = run.requests
+    dense = reference(folder)
+    result = replayed(run, request, dense, Settings(**chosen))
+    assert len(result.rounds) >= 10
+    assert request.boundaries == [round_.round.nominal_boundary for round_ in result.rounds]
+    assert largest_error(request, result.logprobs) < FLOAT32_ERROR
+    full = dense.logprobs(request.token_ids[:-1])
+    assert largest_error(request, full) > 100 * FLOAT32_ERROR, "eviction changed nothing"
+    assert_pool_is_as_at_the_start(run)
+
+
+def test_bfloat16_in_the_amx_layout_is_as_close_as_full_attention_is(
+    model_folder: ModelFolder, text: str
+) -> None:
+    folder, prompt = model_folder("qwen3"), random_prompt(50, 2)
+    run = run_engine(
+        folder, [prompt], 480, {**SMALL, "calibration_text": text},
+        dtype="bfloat16", max_model_len=2048,
+    )
+    full = run_engine(folder, [prompt], 480, None, dtype="bfloat16", max_model_len=2048)
+    dense = DenseReference(folder, rounded_to=torch.bfloat16)
+    (request,) = run.requests
+    computed = request.token_ids[:-1]
+    result = replay(
+        dense,
+        computed,
+        num_prompt=50,
+        policy=Settings(**SMALL).policy(run.block_size),
+        statistics=Statistics.load(statistics_file(run)),
+        kept_log=request.kept,
+        tolerance=0.1,
+    )
+    assert len(result.rounds) >= 10
+    rounding = largest_error(full.requests[0], dense.logprobs(full.requests[0].token_ids[:-1]))
+    assert largest_error(request, result.logprobs) < 1.5 * rounding
+    assert_pool_is_as_at_the_start(run)
+
+
+def test_requests_of_different_lengths_do_not_touch_each_other(
+    model_folder: ModelFolder, reference: Callable[[Path], DenseReference], text: str
+) -> None:
+    """Regression: a neighbour's row was shifted, or another request's blocks were returned."""
+    folder = model_folder("qwen3")
+    lengths = (3, 40, 90, 200)
+    run = run_engine(
+        folder,
+        [random_prompt(n, seed) for seed, n in enumerate(lengths)],
+        [400, 40, 350, 300],
+        {**SMALL, "calibration_text": text},
+        max_model_len=2048,
+    )
+    for request in run.requests:
+        result = replayed(run, request, reference(folder), Settings(**SMALL))
+        assert largest_error(request, result.logprobs) < FLOAT32_ERROR
+    assert [bool(request.kept) for request in run.requests] == [True, False, True, True]
+    for rows in run.steps:
+        for computed, num_null, num_real in rows.values():
+            assert num_null + num_real >= -(-computed // run.block_size)
+            assert (num_null + num_real - 1) * run.block_size <= computed
+    assert_pool_is_as_at_the_start(run)
+
+
+def test_a_prompt_of_eight_budgets_is_compressed_while_it_is_prefilled(
+    model_folder: ModelFolder, reference: Callable[[Path], DenseReference], text: str
+) -> None:
+    """Regression: eviction inside a chunked prefill dropped tokens that the chunk still needs."""
+    folder, chunk = model_folder("qwen3"), 96
+    run = run_engine(
+        folder,
+        [random_prompt(1030, 3)],
+        60,
+        {**SMALL, "calibration_text": text},
+        max_model_len=4096,
+        max_num_batched_tokens=chunk,
+    )
+    (request,) = run.requests
+    result = replayed(run, request, reference(folder), Settings(**SMALL), max_chunk=chunk)
+    assert len(result.rounds) >= 9
+    assert largest_error(request, result.logprobs) < FLOAT32_ERROR
+    most = max(num_real for rows in run.steps for _, _, num_real in rows.values())
+    assert most <= -(-(128 + 32 + chunk) // run.block_size)
+    assert_pool_is_as_at_the_start(run)
+
+
+def test_below_the_trigger_nothing_differs_from_vllm_without_the_plugin(
+    model_folder: ModelFolder, text: str
+) -> None:
+    folder = model_folder("qwen3")
+    prompts = [random_prompt(n, n) for n in (5, 60, 100)]
+    lengths = [150, 90, 30]
+    engine = {"max_model_len": 1024, "max_num_batched_tokens": 64}
+    stock = run_engine(folder, prompts, lengths, None, plugin=False, **engine)
+    off = run_engine(folder, prompts, lengths, None, **engine)
+    on = run_engine(folder, prompts, lengths, {**SMALL, "calibration_text": text}, **engine)
+    assert stock.scheduler == off.scheduler == "Scheduler"
+    assert on.scheduler == "CompressionScheduler"
+    for one, other, compressed in zip(stock.requests, off.requests, on.requests, strict=True):
+        assert one.token_ids == other.token_ids == compressed.token_ids
+        assert one.logprobs == other.logprobs == compressed.logprobs
+        assert not compressed.kept
+
+
+def test_async_scheduling_picks_the_same_survivors(
+    model_folder: ModelFolder, text: str
+) -> None:
+    folder = model_folder("qwen3")
+    prompts, lengths = [random_prompt(n, n) for n in (20, 110)], [300, 260]
+    settings = {**SMALL, "calibration_text": text}
+    runs = [
+        run_engine(
+            folder, prompts, lengths, settings, async_scheduling=flag, max_model_len=1024
+        )
+        for flag in (False, True)
+    ]
+    assert [run.scheduler for run in runs] == ["CompressionScheduler", "CompressionAsyncScheduler"]
+    for one, other in zip(runs[0].requests, runs[1].requests, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.boundaries == other.boundaries
+        assert len(one.kept) >= 4
+        for kept, also_kept in zip(one.kept, other.kept, strict=True):
+            assert torch.equal(kept, also_kept)
+
+
+def test_a_prefix_hit_after_a_compressed_answer_is_exact(
+    model_folder: ModelFolder, text: str
+) -> None:
+    """Regression: blocks were rewritten while their hash stayed registered."""
+    folder, prompt = model_folder("qwen3"), random_prompt(100, 7)
+    settings = {**SMALL, "protect": "sinks", "calibration_text": text}
+    engine = {"max_model_len": 1024}
+    first = run_engine(folder, [prompt], 250, settings, **engine)
+    again = run_engine(folder, [prompt], 250, settings, repeat=3, **engine)
+    assert len(first.requests[0].kept) >= 4
+    assert first.requests[0].token_ids == again.requests[0].token_ids
+    for kept, also_kept in zip(first.requests[0].kept, again.requests[0].kept, strict=True):
+        assert torch.equal(kept, also_kept)
+    assert_pool_is_as_at_the_start(again)
+
+
+def test_preempted_requests_finish_and_give_everything_back(
+    model_folder: ModelFolder, text: str
+) -> None:
+    """Regression: a stale offset of a preempted, resumed request led to negative slots."""
+    folder = model_folder("qwen3")
+    run = run_engine(
+        folder,
+        [random_prompt(30, seed) for seed in range(6)],
+        400,
+        {**SMALL, "calibration_text": text},
+        max_model_len=1024,
+        num_gpu_blocks_override=24,
+    )
+    assert run.num_preemptions > 0
+    assert [len(request.token_ids) for request in run.requests] == [430] * 6
+    assert all(request.kept for request in run.requests)
+    assert_pool_is_as_at_the_start(run)
+
+
+def test_max_model_len_may_exceed_the_pool(model_folder: ModelFolder, text: str) -> None:
+    folder = model_folder("qwen3")
+    run = run_engine(
+        folder,
+        [random_prompt(30, 1)],
+        900,
+        {**SMALL, "calibration_text": text},
+        max_model_len=4096,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=20,
+    )
+    assert run.num_blocks * run.block_size < len(run.requests[0].token_ids) < 4096
+    assert run.num_preemptions == 0
+    assert len(run.requests[0].kept) > 20

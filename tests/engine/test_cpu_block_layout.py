@@ -1,0 +1,43 @@
+"""Blocks written by vLLM's own CPU operation, read through our views."""
+
+import pytest
+import torch
+from triattention_kernels import PagedKV
+
+ops = pytest.importorskip("vllm._custom_ops", reason="vLLM is not installed")
+
+NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE = 3, 2, 32
+
+CASES = [
+    ("vec", torch.float32, 64),
+    ("vec", torch.float16, 64),
+    ("vec", torch.bfloat16, 64),
+    ("vec16", torch.float32, 80),
+    ("amx", torch.bfloat16, 64),
+    ("amx", torch.bfloat16, 128),
+]
+
+
+@pytest.mark.parametrize(("isa", "dtype", "head_dim"), CASES)
+def test_views_read_what_vllm_packed(isa, dtype, head_dim):
+    if isa == "amx":
+        if not torch.cpu._is_amx_tile_supported():
+            pytest.skip("this processor has no AMX tiles")
+        torch.cpu._init_amx()
+    num_slots = NUM_BLOCKS * BLOCK_SIZE
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(
+        (2, num_slots, NUM_KV_HEADS, head_dim), generator=generator
+    ).to(dtype)
+    slot_mapping = torch.randperm(num_slots, generator=generator)
+    blocks = torch.full((NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * head_dim), torch.nan).to(dtype)
+    packed_keys, packed_values = blocks.view(NUM_BLOCKS, NUM_KV_HEADS, 2 * BLOCK_SIZE, -1).chunk(
+        2, dim=2
+    )
+    ops.cpu_attn_reshape_and_cache(keys, values, packed_keys, packed_values, slot_mapping, isa)
+
+    kv = PagedKV.from_cpu_layout(blocks[None], isa)
+    shape = (NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, head_dim)
+    for view, tokens in ((kv.keys, keys), (kv.values, values)):
+        by_slot = view[0].reshape(shape).transpose(1, 2).flatten(0, 1)
+        assert torch.equal(by_slot[slot_mapping], tokens)

@@ -1,0 +1,215 @@
+"""Rows, blocks and the pool: laws that hold after every step of any traffic."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pool_world import PoolWorld
+
+from triattention_vllm.config import Settings
+
+SMALL = Settings(budget=48, interval=8, window=8, sink_tokens=2)
+"""Rounds come quickly: with blocks of 4 a request is compressed at 56 tokens."""
+
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, 2), st.integers(1, 150)),
+        st.tuples(st.just("finish"), st.integers(0, 5), st.just(0)),
+        st.tuples(st.just("step"), st.integers(1, 40), st.just(0)),
+    ),
+    max_size=25,
+)
+
+
+def prompt_of(kind: int, length: int) -> list[int]:
+    """Prompts of one kind share their prefix, so prefix caching finds them."""
+    return [(kind * 7919 + position * 31) % 1000 for position in range(length)]
+
+
+def run_traffic(world: PoolWorld, traffic: list[tuple[str, int, int]]) -> None:
+    num_added = 0
+    for what, number, length in traffic:
+        if what == "add":
+            world.add(f"r{num_added}", prompt_of(number, length))
+            num_added += 1
+        elif what == "finish" and world.live:
+            world.finish(list(world.live)[number % len(world.live)])
+        else:
+            for _ in range(number):
+                world.step()
+                world.check_invariants()
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("depth", [1, 2])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(traffic=operations, protect=st.sampled_from(["prompt", "sinks", 3]))
+def test_rows_blocks_and_tokens_stay_right_under_any_traffic(
+    traffic: list[tuple[str, int, int]], protect: str | int, prefix_caching: bool, depth: int
+) -> None:
+    chosen = Settings(budget=48, interval=8, window=8, sink_tokens=2, protect=protect)
+    world = PoolWorld(chosen, 4, 64, prefix_caching=prefix_caching, depth=depth, max_batched=16)
+    run_traffic(world, traffic)
+    for request_id in list(world.live):
+        world.finish(request_id)
+    world.check_invariants()
+    assert world.pool.get_num_free_blocks() == world.pool.num_gpu_blocks - 1
+    assert not world.manager.num_null_blocks
+    assert not world.manager.pending_plans
+
+
+def test_freed_blocks_are_evicted_tokens_over_block_size() -> None:
+    world = PoolWorld(SMALL, 4, 200)
+    for i, length in enumerate((5, 30, 90)):
+        world.add(f"r{i}", prompt_of(i, length))
+    for _ in range(150):
+        world.step()
+    world.check_invariants()
+    assert len(world.plans) > 10
+    for request_id in world.live:
+        freed = sum(p.num_freed_blocks for p in world.plans if p.request_id == request_id)
+        assert freed == world.manager.num_null_blocks[request_id]
+        row = world.manager.req_to_blocks[request_id]
+        num_tokens = world.live[request_id].request.num_computed_tokens
+        cached = len(world.live[request_id].cached)
+        assert freed * 4 == num_tokens - cached
+        assert sum(not block.is_null for block in row) == -(-cached // 4)
+
+
+def test_a_request_never_holds_more_blocks_than_its_spec_promises() -> None:
+    world = PoolWorld(SMALL, 4, 400, max_batched=32)
+    promised = world.manager.kv_cache_spec.max_blocks_per_request()
+    world.add("long prompt", prompt_of(0, 900))
+    world.add("short prompt", prompt_of(1, 3))
+    most = 0
+    for _ in range(200):
+        world.step()
+        for row in world.manager.req_to_blocks.values():
+            most = max(most, sum(not block.is_null for block in row))
+    world.check_invariants()
+    assert promised is not None
+    assert most <= promised < 900 // 4
+
+
+def test_hashed_and_shared_blocks_are_never_written() -> None:
+    """Regression: prefix-cache corruption by rewriting blocks whose hash stays registered."""
+    world = PoolWorld(SMALL, 4, 300)
+    for i in range(4):
+        world.add(f"r{i}", prompt_of(0, 40))
+    for _ in range(120):
+        before = {
+            block.block_id: (block.block_hash, block.ref_cnt)
+            for block in world.pool.blocks
+            if block.block_hash is not None or block.ref_cnt > 1
+        }
+        hashed = {
+            block_id: [world.memory.get((block_id, slot)) for slot in range(4)]
+            for block_id in before
+        }
+        for plan in world.step():
+            for block_id in plan.destination_blocks:
+                block = world.pool.blocks[block_id]
+                assert block.block_hash is None
+                assert block.ref_cnt == 1
+        for block_id, content in hashed.items():
+            block = world.pool.blocks[block_id]
+            if block.block_hash is not None and block.block_hash == before[block_id][0]:
+                assert content == [world.memory.get((block_id, slot)) for slot in range(4)]
+        world.check_invariants()
+    assert world.plans
+
+
+def test_a_prefix_hit_after_compression_reads_the_original_tokens() -> None:
+    world = PoolWorld(SMALL, 4, 300)
+    world.add("first", prompt_of(0, 24))
+    for _ in range(100):
+        world.step()
+    assert world.live["first"].num_rounds > 3
+    world.add("second", prompt_of(0, 24))
+    world.step()
+    assert world.live["second"].request.num_computed_tokens == 24
+    world.check_invariants()
+    assert world.live["second"].cached == world.read("first")[:24]
+
+
+def test_no_hash_is_registered_for_blocks_behind_a_round() -> None:
+    world = PoolWorld(SMALL, 4, 300)
+    world.add("r", prompt_of(0, 24))
+    while not world.plans:
+        world.step()
+    hashed = {b.block_id for b in world.pool.blocks if b.block_hash is not None}
+    for _ in range(60):
+        world.step()
+    assert len(world.plans) > 3
+    assert {b.block_id for b in world.pool.blocks if b.block_hash is not None} <= hashed
+
+
+def test_protected_prompt_blocks_stay_shared_between_compressed_requests() -> None:
+    world = PoolWorld(SMALL, 4, 300)
+    world.add("a", prompt_of(0, 21))
+    world.step()
+    world.add("b", prompt_of(0, 21))
+    for _ in range(120):
+        world.step()
+    rows = [world.manager.req_to_blocks[r] for r in ("a", "b")]
+    nulls = [world.manager.num_null_blocks[r] for r in ("a", "b")]
+    prefixes = [row[null : null + 5] for row, null in zip(rows, nulls, strict=True)]
+    assert min(nulls) > 3
+    assert prefixes[0] == prefixes[1]
+    assert all(block.ref_cnt == 2 for block in prefixes[0])
+
+
+def test_a_preempted_request_starts_from_zero_and_is_compressed_again() -> None:
+    """Regression: a stale offset of a preempted request led to negative slots."""
+    world = PoolWorld(SMALL, 4, 26, prefix_caching=False)
+    world.add("a", prompt_of(0, 10))
+    world.add("b", prompt_of(1, 10))
+    for _ in range(160):
+        world.step()
+        world.check_invariants()
+    assert world.num_preemptions > 0
+    assert all(live.num_rounds > 0 for live in world.live.values())
+
+
+def test_a_round_waits_when_the_pool_cannot_give_private_blocks() -> None:
+    """Two requests share every candidate and few blocks are free: both go on, uncompressed."""
+    chosen = Settings(budget=48, interval=8, window=8, sink_tokens=2, protect="sinks")
+    world = PoolWorld(chosen, 4, 21)
+    world.add("a", prompt_of(0, 53))
+    world.step()
+    world.add("b", prompt_of(0, 53))
+    for _ in range(9):
+        world.step()
+        world.check_invariants()
+    assert world.manager.num_deferred_rounds > 0
+    assert not world.plans
+    assert all(live.request.num_computed_tokens > 56 for live in world.live.values())
+    world.finish("b")
+    world.step()
+    world.check_invariants()
+    assert [plan.request_id for plan in world.plans] == ["a"]
+
+
+def test_below_the_trigger_the_manager_does_nothing() -> None:
+    world = PoolWorld(SMALL, 4, 100)
+    world.add("r", prompt_of(0, 20))
+    for _ in range(36):
+        world.step()
+    assert world.live["r"].request.num_computed_tokens == 55
+    assert not world.plans
+    assert not world.manager.num_null_blocks
+    world.step()
+    world.step()
+    assert len(world.plans) == 1
+
+
+def test_the_plan_of_a_request_that_the_same_step_preempts_is_dropped() -> None:
+    world = PoolWorld(SMALL, 4, 200)
+    world.add("r", prompt_of(0, 20))
+    while world.live.get("r") is None or world.live["r"].request.num_computed_tokens < 56:
+        world.step()
+    world.settle()
+    world.kv.allocate_slots(world.live["r"].request, 1)
+    assert "r" in world.manager.pending_plans
+    world.finish("r")
+    assert world.manager.take_plans() == []
+    world.check_invariants()

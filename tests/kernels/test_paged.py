@@ -1,0 +1,101 @@
+"""Views of a cache: every element where its layout says, and nothing copied."""
+
+import pytest
+import torch
+from triattention_kernels import ArgumentError, PagedKV, stack_layers
+
+LAYOUTS = ("head_major", "token_major", "vec", "amx")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_views_find_every_element_where_its_layout_puts_it(layout, make_cache):
+    cache = make_cache(layout, (2, 3, 2, 32, 48))
+    kv = cache.kv
+    for view, dense in zip((kv.keys, kv.values), cache.dense(), strict=True):
+        assert torch.equal(view.reshape(dense.shape)[:, 1:], dense[:, 1:])
+    assert (kv.num_layers, kv.num_blocks, kv.num_kv_heads) == (2, 3, 2)
+    assert (kv.block_size, kv.head_dim) == (32, 48)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_writing_through_the_views_writes_the_cache(layout, make_cache):
+    cache = make_cache(layout, (2, 3, 2, 32, 32))
+    cache.kv.keys.fill_(1.0)
+    cache.kv.values.fill_(2.0)
+    keys, values = cache.dense()
+    assert (keys == 1.0).all() and (values == 2.0).all()
+    assert sorted(cache.blocks.unique().tolist()) == [1.0, 2.0]
+
+
+def test_vec16_is_packed_like_vec(make_cache):
+    blocks = make_cache("vec", (1, 2, 1, 16, 80)).blocks
+    assert torch.equal(
+        PagedKV.from_cpu_layout(blocks, "vec16").keys[:, 1:],
+        PagedKV.from_cpu_layout(blocks, "vec").keys[:, 1:],
+    )
+
+
+def test_amx_packing_by_hand():
+    block = torch.arange(2 * 16 * 16).view(1, 1, 1, 16, 32)
+    kv = PagedKV.from_cpu_layout(block, "amx")
+    key = kv.keys[0, 0, 0].reshape(16, 16)  # slot, dim
+    assert key[0, :4].tolist() == [0, 1, 32, 33]
+    assert key[1, :4].tolist() == [2, 3, 34, 35]
+    value = kv.values[0, 0, 0].reshape(16, 16)
+    assert value[0, :4].tolist() == [256, 258, 260, 262]
+    assert value[1, :4].tolist() == [257, 259, 261, 263]
+    assert value[2, :2].tolist() == [288, 290]
+
+
+def test_stacked_layers_are_one_view_of_their_storage():
+    storage = torch.zeros(3 * 40)
+    layers = [storage[10 + 40 * idx : 34 + 40 * idx].view(2, 12)[:, :6] for idx in range(3)][:2]
+    stacked = stack_layers(layers)
+    assert stacked.shape == (2, 2, 6)
+    stacked[1, 1, 5] = 7.0
+    assert layers[1][1, 5] == 7.0 and storage.count_nonzero() == 1
+
+
+def test_one_layer_can_be_stacked():
+    layer = torch.randn(2, 3)
+    stacked = stack_layers([layer])
+    assert torch.equal(stacked[0], layer) and stacked.data_ptr() == layer.data_ptr()
+
+
+def test_layers_that_are_not_equally_spaced_are_refused():
+    storage = torch.zeros(100)
+    with pytest.raises(ArgumentError, match=r"start at elements \[0, 10, 30\]"):
+        stack_layers([storage[0:4], storage[10:14], storage[30:34]])
+    with pytest.raises(ArgumentError, match="ascending"):
+        stack_layers([storage[10:14], storage[0:4]])
+    with pytest.raises(ArgumentError, match="ascending"):
+        stack_layers([storage[10:14], storage[10:14]])
+
+
+def test_layers_that_are_not_alike_are_refused():
+    storage = torch.zeros(100)
+    with pytest.raises(ArgumentError, match="layer 1 has"):
+        stack_layers([storage[0:4], storage[10:15]])
+    with pytest.raises(ArgumentError, match="layer 1 has"):
+        stack_layers([storage[0:8:2], storage[10:14]])
+    with pytest.raises(ArgumentError, match="layer 1 has"):
+        stack_layers([storage[0:4], storage.view(torch.int32)[10:14]])
+    with pytest.raises(ArgumentError, match="another storage"):
+        stack_layers([storage[0:4], torch.zeros(100)[10:14]])
+    with pytest.raises(ArgumentError, match="no tensors"):
+        stack_layers([])
+
+
+def test_blocks_of_a_wrong_shape_or_layout_are_refused():
+    with pytest.raises(ArgumentError, match=r"2 \* D"):
+        PagedKV.from_blocks(torch.zeros(1, 1, 1, 4, 7))
+    with pytest.raises(ArgumentError, match="known are vec, vec16, amx"):
+        PagedKV.from_cpu_layout(torch.zeros(1, 1, 1, 16, 32), "neon")
+    with pytest.raises(ArgumentError, match="must be contiguous"):
+        PagedKV.from_cpu_layout(torch.zeros(1, 1, 1, 32, 16).transpose(3, 4), "vec")
+    with pytest.raises(ArgumentError, match="multiples of 16"):
+        PagedKV.from_cpu_layout(torch.zeros(1, 1, 1, 16, 48), "amx")
+    with pytest.raises(ArgumentError, match="7 dimensions"):
+        PagedKV(torch.zeros(2, 2), torch.zeros(2, 2))
+    with pytest.raises(ArgumentError, match="keys and values differ"):
+        PagedKV(torch.zeros(1, 2, 1, 4, 1, 4, 1), torch.zeros(1, 2, 1, 4, 1, 4, 1).double())

@@ -1,0 +1,162 @@
+"""Scores of cached keys against arithmetic that is written differently."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+from triattention_kernels import PagedKV, RoundBatch, score, score_torch
+
+LAYOUTS = ("head_major", "token_major", "vec", "amx")
+
+
+def oracle(
+    keys: Tensor,
+    batch: RoundBatch,
+    query_weights: Tensor,
+    norm_weights: Tensor,
+    interleaved: bool,
+    rotary_dim: int,
+) -> Tensor:
+    """Python complex numbers, one key at a time. keys: [L, num_blocks, H_kv, block_size, D]."""
+    num_requests, num_layers, num_heads, head_dim = query_weights.shape
+    block_size, group = keys.shape[3], num_heads // keys.shape[2]
+    num_tokens = batch.source_blocks.shape[1] * block_size
+    scores = torch.full(
+        (num_requests, num_layers, num_heads, num_tokens), -math.inf, dtype=torch.float64
+    )
+    num_frequencies = rotary_dim // 2
+    pairs = [
+        (2 * f, 2 * f + 1) if interleaved else (f, f + num_frequencies)
+        for f in range(num_frequencies)
+    ]
+    for r, layer, head in product(range(num_requests), range(num_layers), range(num_heads)):
+        weights = query_weights[r, layer, head].tolist()
+        norms = norm_weights[layer, head].tolist()
+        for token in range(batch.num_source_blocks[r] * block_size):
+            block = int(batch.source_blocks[r, token // block_size])
+            key = keys[layer, block, head // group, token % block_size].tolist()
+            terms = [weights[d] * key[d] for d in range(rotary_dim, head_dim)]
+            for (re, im), norm in zip(pairs, norms, strict=True):
+                rotated = complex(key[re], key[im])
+                weight = complex(weights[re], weights[im])
+                terms.append((weight * rotated.conjugate()).real + norm * abs(rotated))
+            scores[r, layer, head, token] = math.fsum(terms)
+    return scores
+
+
+def random_weights(
+    shape: tuple[int, int, int, int], rotary_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(shape, generator=generator, dtype=torch.float64)
+    norm = torch.rand((*shape[1:3], rotary_dim // 2), generator=generator, dtype=torch.float64)
+    return query.to(dtype), norm.to(dtype)
+
+
+def assert_close_by_row(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Errors relative to the largest score of the row; -inf in the same places."""
+    assert torch.equal(found.isneginf(), expected.isneginf())
+    error = (found.double() - expected).nan_to_num(nan=0.0).abs()
+    scale = expected.masked_fill(expected.isneginf(), 0.0).abs().amax(dim=-1, keepdim=True)
+    assert (error <= tolerance * scale).all(), float((error / scale).max())
+
+
+def test_the_score_of_one_key_by_hand(make_batch):
+    blocks = torch.tensor([3.0, 4.0, 9.0, 9.0]).view(1, 1, 1, 1, 4)
+    batch = make_batch([[0]], [[0]], [0])
+    query_weights = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)
+    norm_weights = torch.tensor([0.5]).view(1, 1, 1)
+    kv = PagedKV.from_blocks(blocks)
+    rotated = score(kv, batch, query_weights, norm_weights, False, 2)
+    assert rotated.tolist() == [[[[1 * 3 + 2 * 4 + 0.5 * 5]]]]
+    unrotated = score(kv, batch, query_weights, norm_weights[..., :0], False, 0)
+    assert unrotated.tolist() == [[[[1 * 3 + 2 * 4]]]]
+
+
+def test_pairs_are_halves_or_neighbours_by_hand(make_batch):
+    blocks = torch.tensor([3.0, 6.0, 4.0, 8.0, 0, 0, 0, 0]).view(1, 1, 1, 1, 8)
+    batch = make_batch([[0]], [[0]], [0])
+    query_weights = torch.zeros(1, 1, 1, 4)
+    norm_weights = torch.tensor([1.0, 100.0]).view(1, 1, 2)
+    kv = PagedKV.from_blocks(blocks)
+    halves = score(kv, batch, query_weights, norm_weights, False, 4).item()
+    assert halves == 5.0 + 100 * 10.0
+    neighbours = score(kv, batch, query_weights, norm_weights, True, 4).item()
+    assert neighbours == pytest.approx(math.sqrt(45) + 100 * math.sqrt(80), rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [32, 12, 0])
+def test_scores_agree_with_complex_arithmetic(
+    layout, interleaved, rotary_dim, make_cache, make_batch
+):
+    cache = make_cache(layout, (2, 5, 2, 16, 32))
+    batch = make_batch([[3, 1], [4]], [[2], [1]], [5, 0])
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        query_weights, norm_weights = random_weights((2, 2, 6, 32), rotary_dim, dtype)
+        arguments = (batch, query_weights, norm_weights, interleaved, rotary_dim)
+        found = score(cache.kv, *arguments)
+        assert found.dtype == dtype
+        assert_close_by_row(found, oracle(cache.dense()[0], *arguments), tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_keys_are_cast_before_the_arithmetic(
+    layout, dtype, make_cache, make_batch
+):
+    cache = make_cache(layout, (2, 4, 2, 16, 32), dtype)
+    batch = make_batch([[3, 1]], [[2]], [0])
+    query_weights, norm_weights = random_weights((1, 2, 4, 32), 32, torch.float32)
+    found = score(cache.kv, batch, query_weights, norm_weights, False, 32)
+    expected = oracle(cache.dense()[0].double(), batch, query_weights, norm_weights, False, 32)
+    assert_close_by_row(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1, 2), (3, 4, 1, 3, 6), (1, 3, 5, 7, 10)])
+def test_odd_sizes_and_size_one_are_scored(shape, make_cache, make_batch):
+    num_layers, num_blocks, num_kv_heads, _, head_dim = shape
+    cache = make_cache("head_major", shape)
+    batch = make_batch([list(range(1, num_blocks))], [[1]], [0])
+    for group in (1, 3):
+        query_weights, norm_weights = random_weights(
+            (1, num_layers, num_kv_heads * group, head_dim), head_dim, torch.float32
+        )
+        arguments = (batch, query_weights, norm_weights, False, head_dim)
+        expected = oracle(cache.dense()[0], *arguments)
+        assert_close_by_row(score(cache.kv, *arguments), expected, 1e-5)
+
+
+def test_requests_of_a_batch_do_not_touch_each_other(make_cache, make_batch):
+    cache = make_cache("vec", (2, 8, 2, 16, 32))
+    sources = [[1, 2, 3], [4], [5, 6]]
+    query_weights, norm_weights = random_weights((3, 2, 4, 32), 32, torch.float32)
+    batch = make_batch(sources, [[1], [4], [5]], [0, 0, 0])
+    together = score(cache.kv, batch, query_weights, norm_weights, False, 32)
+    for idx, source in enumerate(sources):
+        alone = make_batch([source], [source[:1]], [0])
+        query = query_weights[idx : idx + 1]
+        found = score(cache.kv, alone, query, norm_weights, False, 32)
+        assert torch.equal(found[0], together[idx, ..., : found.shape[-1]])
+        assert together[idx, ..., found.shape[-1] :].isneginf().all()
+
+
+def test_the_size_of_a_tile_does_not_matter(make_cache, make_batch, monkeypatch):
+    cache = make_cache("amx", (2, 8, 2, 16, 32), torch.bfloat16)
+    batch = make_batch([[1, 2, 3, 6, 5]], [[1]], [0])
+    arguments = (*random_weights((1, 2, 4, 32), 32, torch.float32), True, 32)
+    whole = score(cache.kv, batch, *arguments)
+    monkeypatch.setattr(score_torch, "TILE_ELEMENTS", 2 * 2 * 2 * 16 * 32)
+    assert_close_by_row(score(cache.kv, batch, *arguments), whole.double(), 1e-6)
+
+
+def test_a_uniform_factor_on_the_keys_keeps_the_order(make_cache, make_batch):
+    cache = make_cache("head_major", (1, 3, 1, 16, 16))
+    batch = make_batch([[1, 2]], [[1]], [0])
+    arguments = (batch, *random_weights((1, 1, 1, 16), 16, torch.float32), False, 16)
+    before = score(cache.kv, *arguments)
+    cache.blocks.mul_(4.0)
+    assert torch.equal(score(cache.kv, *arguments), 4.0 * before)

@@ -1,0 +1,247 @@
+"""A compressed sequence in float64: rounds decided by the policy, survivors chosen here.
+
+The score is summed the long way, offset by offset, in complex arithmetic from the reference's own
+keys; nothing of the package's scoring, selection or movement is used. Where an engine's own choice
+is given, the replay checks that it is a best choice up to rounding, and goes on with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from dense_models import DenseRotary
+from dense_reference import DenseReference, DenseRun
+from torch import Tensor
+
+from triattention_vllm.method.policy import Policy, Round
+
+OFFSETS = [2**power for power in range(17)]
+SELECTIONS = ("per_head", "per_layer_per_head", "union")
+
+
+class QueryStatistics(Protocol):
+    """What the score needs: float32 [L, H, F], and [L, H, D] for unrotated dims."""
+
+    @property
+    def centre_real(self) -> Tensor: ...
+    @property
+    def centre_imag(self) -> Tensor: ...
+    @property
+    def magnitude(self) -> Tensor: ...
+    @property
+    def unrotated_mean(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One engine step of the request: tokens [start, end) are computed, and the rounds are decided
+    at ``committed`` tokens (fewer than ``start`` where steps are scheduled ahead)."""
+
+    start: int
+    end: int
+    committed: int
+
+
+@dataclass(frozen=True)
+class ReplayedRound:
+    """kept: positions [L, H_kv, C'] of all tokens still cached after the round; survivors: int64
+    [L, H_kv, K] of them, the chosen candidates. margin: worst score kept minus best score evicted,
+    in standard deviations; negative where an engine's choice differs within the tolerance."""
+
+    round: Round
+    kept: Tensor
+    survivors: Tensor
+    margin: float
+
+
+@dataclass
+class Replay:
+    """logprobs: float64 [computed tokens, vocab]; row i predicts token i + 1."""
+
+    logprobs: Tensor
+    rounds: list[ReplayedRound] = field(default_factory=list)
+
+
+def engine_steps(
+    num_computed: int, num_prompt: int, *, max_chunk: int | None = None, lag: int = 0
+) -> list[Step]:
+    """Prompt in chunks of ``max_chunk`` tokens, then a token a step; decisions ``lag`` decode
+    tokens late, but never before the end of the prompt's last complete chunk."""
+    chunk = max_chunk or num_prompt
+    steps = []
+    for start in range(0, num_prompt, chunk):
+        steps.append(Step(start, min(start + chunk, num_prompt), start))
+    for start in range(num_prompt, num_computed):
+        steps.append(Step(start, start + 1, max(start - lag, num_prompt)))
+    return steps
+
+
+def replay(
+    reference: DenseReference,
+    tokens: Sequence[int],
+    *,
+    num_prompt: int,
+    policy: Policy,
+    statistics: QueryStatistics,
+    selection: str = "per_head",
+    steps: Sequence[Step] | None = None,
+    kept_log: Sequence[Tensor] | None = None,
+    tolerance: float = 1e-4,
+) -> Replay:
+    """Compute ``tokens`` (all that the engine computed: without the last one generated).
+
+    steps: defaults to the whole prompt in one step, then single tokens.
+    kept_log: the engine's choice of each round in order, int64 [L, H_kv, kept]: ascending token
+    indices inside the round's region, which begins at the block of the first candidate.
+    Raises AssertionError where such a choice is no best choice to ``tolerance`` (in units of
+    ``max(1, largest score)``), or the number of rounds differs.
+    """
+    run = reference.start()
+    all_tokens = torch.as_tensor(tokens)
+    steps = engine_steps(len(all_tokens), num_prompt) if steps is None else steps
+    result = Replay(torch.empty(0))
+    logprobs = []
+    num_evicted = 0
+    begin = end = 0
+    for step in steps:
+        due = policy.due_round(step.committed, num_evicted, num_prompt)
+        if due is not None:
+            if end > begin:
+                logprobs.append(run.extend(all_tokens[begin:end]))
+                begin = end
+            choice = None
+            if kept_log is not None:
+                assert len(result.rounds) < len(kept_log), (
+                    f"a round is due at {step.committed} tokens, which the engine did not run"
+                )
+                choice = kept_log[len(result.rounds)]
+            result.rounds.append(
+                _run_round(run, due, statistics, selection, policy.block_size, choice, tolerance)
+            )
+            num_evicted = due.num_evicted_after
+        assert step.start == end, "steps must follow each other"
+        end = step.end
+    logprobs.append(run.extend(all_tokens[begin:end]))
+    if kept_log is not None:
+        assert len(kept_log) == len(result.rounds), (
+            f"the engine ran {len(kept_log)} rounds, the policy asks for {len(result.rounds)}"
+        )
+    result.logprobs = torch.cat(logprobs)
+    return result
+
+
+def _run_round(
+    run: DenseRun,
+    due: Round,
+    statistics: QueryStatistics,
+    selection: str,
+    block_size: int,
+    choice: Tensor | None,
+    tolerance: float,
+) -> ReplayedRound:
+    """Choose survivors (or check ``choice``) and hide every other candidate in ``run``."""
+    num_layers, num_kv_heads, _ = run.visible.shape
+    cached = run.visible.nonzero()[:, 2].view(num_layers, num_kv_heads, -1)  # ascending positions
+    candidates = cached[:, :, due.first_candidate : due.end_candidate]
+    scores = combine(
+        _scores_of(run, candidates, statistics, due.nominal_boundary),
+        candidates,
+        num_kv_heads,
+        selection,
+    )
+    if choice is None:
+        chosen = _best(scores, due.num_survivors)
+    else:
+        chosen = _chosen_candidates(choice, due, block_size)
+    margin = _margin(scores, chosen)
+    allowed = tolerance * max(1.0, float(scores.abs().max()))
+    assert margin >= -allowed, (
+        f"round at {due.nominal_boundary}: an evicted token scores {-margin:.3g} above a kept one"
+    )
+    survivors = candidates.gather(2, chosen)
+    run.visible.scatter_(2, candidates, False)
+    run.visible.scatter_(2, survivors, True)
+    kept = run.visible.nonzero()[:, 2].view(num_layers, num_kv_heads, -1)
+    return ReplayedRound(due, kept, survivors, margin)
+
+
+def _scores_of(
+    run: DenseRun, candidates: Tensor, statistics: QueryStatistics, boundary: int
+) -> Tensor:
+    """Raw scores float64 [L, H, T] of the cached keys at ``candidates`` [L, H_kv, T]."""
+    model = run.model
+    group = model.num_heads // model.num_kv_heads
+    index = candidates.unsqueeze(-1).expand(-1, -1, -1, model.head_dim)
+    keys = run.keys.gather(2, index).repeat_interleave(group, 1)  # [L, H, T, D]
+    return triattention_scores(keys, model.rotary, statistics, boundary)
+
+
+def triattention_scores(
+    keys: Tensor, rotary: DenseRotary, statistics: QueryStatistics, boundary: int
+) -> Tensor:
+    """``s(k) = mean_d sum_f Re[qbar_f conj(k'_f) exp(i w_f (T + d))] + sum_f (a_f - |qbar_f|)
+    |k'_f| + sum_d E[q_d] k_d`` for keys after RoPE, float64 [L, H, T, D]; returns [L, H, T]."""
+    frequency = rotary.inv_freq.double()
+    centre = torch.complex(statistics.centre_real.double(), statistics.centre_imag.double())
+    magnitude = statistics.magnitude.double()
+    pairs = rotary.pairs(keys)  # [L, H, T, F]
+    product = centre.unsqueeze(2) * pairs.conj()
+    total = torch.zeros(keys.shape[:-1], dtype=torch.float64)
+    for offset in OFFSETS:
+        angle = frequency * (boundary + offset)
+        total += (product * torch.polar(torch.ones_like(angle), angle)).real.sum(-1)
+    total /= len(OFFSETS)
+    total += ((magnitude - centre.abs()).unsqueeze(2) * pairs.abs()).sum(-1)
+    unrotated = statistics.unrotated_mean.double()[..., rotary.rotary_dim :]
+    return total + (unrotated.unsqueeze(2) * keys[..., rotary.rotary_dim :]).sum(-1)
+
+
+def combine(raw: Tensor, candidates: Tensor, num_kv_heads: int, selection: str) -> Tensor:
+    """z-normalise per query head, take the best of each group, then share by ``selection``.
+
+    raw [L, H, T], candidates: positions [L, H_kv, T]; returns [L, H_kv, T].
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection is {selection!r}; known are {SELECTIONS}.")
+    mean = raw.mean(-1, keepdim=True)
+    deviation = (raw - mean).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    scores = ((raw - mean) / deviation).unflatten(1, (num_kv_heads, -1)).amax(2)
+    if selection == "per_head":
+        assert (candidates == candidates[:1]).all(), "one keep set per KV head in all layers"
+        scores = scores.mean(0, keepdim=True).expand_as(scores)
+    elif selection == "union":
+        assert (candidates == candidates[:1, :1]).all(), "one keep set everywhere"
+        scores = scores.amax((0, 1), keepdim=True).expand_as(scores)
+    return scores
+
+
+def _best(scores: Tensor, num_survivors: int) -> Tensor:
+    """Indices of the highest scores, ascending; ties go to the later token. [L, H_kv, K]"""
+    order = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+    later_first = scores.shape[-1] - 1 - order
+    return later_first[..., :num_survivors].sort(-1).values
+
+
+def _chosen_candidates(choice: Tensor, due: Round, block_size: int) -> Tensor:
+    """Candidate indices [L, H_kv, K] of an engine's region indices (see ``replay``)."""
+    num_leading = due.first_candidate % block_size
+    leading = torch.arange(num_leading).expand(*choice.shape[:2], -1)
+    assert torch.equal(choice[..., :num_leading], leading), "a protected token was evicted"
+    chosen = choice[..., num_leading:] - num_leading
+    assert chosen.shape[-1] == due.num_survivors, (
+        f"{chosen.shape[-1]} survivors, the policy asks for {due.num_survivors}"
+    )
+    num_candidates = due.end_candidate - due.first_candidate
+    assert chosen.min() >= 0
+    assert chosen.max() < num_candidates
+    assert (chosen.diff(dim=-1) > 0).all(), "survivors must be in order, each of them once"
+    return chosen
+
+
+def _margin(scores: Tensor, chosen: Tensor) -> float:
+    """Worst kept minus best evicted, over all layers and heads."""
+    is_kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, chosen, True)
+    worst_kept = scores.masked_fill(~is_kept, torch.inf).amin(-1)
+    best_evicted = scores.masked_fill(is_kept, -torch.inf).amax(-1)
+    return float((worst_kept - best_evicted).min())

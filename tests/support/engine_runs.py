@@ -1,0 +1,256 @@
+"""A real vLLM engine in a fresh process: what it generated, and what every round kept.
+
+``run_engine`` starts ``python engine_runs.py JOB`` so that engines of different settings, dtypes
+and backends never share a process.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NUM_LOGPROBS = 20
+ModelFolder = Callable[[str], Path]
+
+
+@dataclass
+class RequestRun:
+    """token_ids: prompt and output. logprobs: per output token, token id -> log-probability."""
+
+    num_prompt: int
+    token_ids: list[int]
+    logprobs: list[dict[int, float]]
+    kept: list[torch.Tensor] = field(default_factory=list)
+    boundaries: list[int] = field(default_factory=list)
+
+
+@dataclass
+class EngineRun:
+    """requests: in the order given. num_blocks, num_free: of the pool, after the last request.
+
+    steps: per engine step, request id -> (logical tokens computed, null blocks, real blocks).
+    """
+
+    requests: list[RequestRun]
+    num_blocks: int
+    num_free: int
+    statistics: str | None
+    steps: list[dict[str, tuple[int, int, int]]]
+    num_preemptions: int
+    scheduler: str
+    block_size: int
+    ref_counts: list[int]
+
+
+@dataclass
+class Job:
+    """Prompts are token ids; ``engine`` are keyword arguments of LLM; ``settings`` ours."""
+
+    model: str
+    prompts: list[list[int]]
+    max_tokens: list[int]
+    settings: dict[str, Any] | None
+    engine: dict[str, Any]
+    plugin: bool = True
+    async_scheduling: bool = False
+    repeat: int = 1
+
+
+def run_engine(
+    model: str | Path,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int | Sequence[int],
+    settings: dict[str, Any] | None,
+    *,
+    plugin: bool = True,
+    async_scheduling: bool = False,
+    repeat: int = 1,
+    **engine: Any,
+) -> EngineRun:
+    """Generate greedily, all prompts at once, in a process of its own. ``repeat`` sends the same
+    prompts again to the same engine; the last time counts."""
+    lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    job = Job(
+        str(model),
+        [list(prompt) for prompt in prompts],
+        lengths,
+        settings,
+        engine,
+        plugin,
+        async_scheduling,
+        repeat,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        job_file, result_file = Path(folder, "job.pt"), Path(folder, "result.pt")
+        torch.save(job, job_file)
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_PLUGINS": "triattention_vllm" if plugin else "",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, __file__, str(job_file), str(result_file)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise EngineFailed(done.stdout[-4000:] + done.stderr[-8000:])
+        run: EngineRun = torch.load(result_file, weights_only=False)
+        return run
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    """Token ids below 256, which every tiny model has."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (length,), generator=generator).tolist()
+
+
+class EngineFailed(RuntimeError):
+    """The engine's process ended with an error; the message is its output."""
+
+
+def _main(job_file: str, result_file: str) -> None:
+    job: Job = torch.load(job_file, weights_only=False)
+    from vllm import LLM, SamplingParams
+
+    arguments: dict[str, Any] = {
+        "enforce_eager": True,
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 64 << 20,
+        "block_size": 32,
+        "max_logprobs": NUM_LOGPROBS,
+        "disable_log_stats": True,
+        **job.engine,
+    }
+    if job.settings is not None:
+        chosen = {"method": "triattention", **job.settings}
+        arguments["additional_config"] = {"kv_compression": chosen}
+    if job.async_scheduling:
+        _keep_async_scheduling()
+    llm = LLM(job.model, **arguments)
+    core = llm.llm_engine.engine_core.engine_core
+    recorder = _Recorder(core)
+    params = [
+        SamplingParams(
+            max_tokens=n, temperature=0.0, ignore_eos=True, logprobs=NUM_LOGPROBS, detokenize=False
+        )
+        for n in job.max_tokens
+    ]
+    for _ in range(job.repeat):
+        recorder.forget()
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in job.prompts], params, use_tqdm=False
+        )
+    torch.save(recorder.result(outputs), result_file)
+
+
+def _keep_async_scheduling() -> None:
+    """vLLM's CPU platform switches async scheduling off behind the flags; put it back on."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+class _Recorder:
+    """Looks at the engine from inside its process: rounds, rows and the pool."""
+
+    def __init__(self, core: Any) -> None:
+        self.scheduler = core.scheduler
+        self.worker = core.model_executor.driver_worker.worker
+        self.statistics = None
+        if "rounds" in vars(self.worker):
+            for rounds in self.worker.rounds.values():
+                self._observe(rounds)
+            self.statistics = self.worker.statistics_source.description
+        self._watch_steps()
+        self.forget()
+
+    def forget(self) -> None:
+        self.kept: dict[str, list[torch.Tensor]] = {}
+        self.boundaries: dict[str, list[int]] = {}
+        self.steps: list[dict[str, tuple[int, int, int]]] = []
+        self.num_preemptions = 0
+
+    def _observe(self, rounds: Any) -> None:
+        original = rounds.run
+
+        def run(plan: Any) -> torch.Tensor:
+            kept: torch.Tensor = original(plan)
+            self.kept.setdefault(plan.request_id, []).append(kept.clone())
+            self.boundaries.setdefault(plan.request_id, []).append(plan.nominal_boundary)
+            return kept
+
+        rounds.run = run
+
+    def _watch_steps(self) -> None:
+        original = self.scheduler.schedule
+
+        def schedule(*args: Any) -> Any:
+            output = original(*args)
+            self.num_preemptions += len(output.preempted_req_ids or ())
+            manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+            rows = {}
+            for request in self.scheduler.running:
+                row = manager.req_to_blocks[request.request_id]
+                num_null = sum(block.is_null for block in row)
+                computed = request.num_computed_tokens
+                rows[request.request_id] = (computed, num_null, len(row) - num_null)
+            self.steps.append(rows)
+            return output
+
+        self.scheduler.schedule = schedule
+
+    def result(self, outputs: Sequence[Any]) -> EngineRun:
+        pool = self.scheduler.kv_cache_manager.block_pool
+        requests = []
+        for output in outputs:
+            own = [key for key in self.kept if key.split("-")[0] == output.request_id]
+            completion = output.outputs[0]
+            requests.append(
+                RequestRun(
+                    num_prompt=len(output.prompt_token_ids),
+                    token_ids=[*output.prompt_token_ids, *completion.token_ids],
+                    logprobs=[
+                        {token: value.logprob for token, value in position.items()}
+                        for position in completion.logprobs
+                    ],
+                    kept=[kept for key in own for kept in self.kept[key]],
+                    boundaries=[n for key in own for n in self.boundaries[key]],
+                )
+            )
+        return EngineRun(
+            requests=requests,
+            num_blocks=pool.num_gpu_blocks,
+            num_free=pool.get_num_free_blocks(),
+            statistics=self.statistics,
+            steps=self.steps,
+            num_preemptions=self.num_preemptions,
+            scheduler=type(self.scheduler).__name__,
+            block_size=self.scheduler.block_size,
+            ref_counts=[block.ref_cnt for block in pool.blocks[1:]],
+        )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    import engine_runs
+
+    engine_runs._main(*sys.argv[1:])

@@ -1,0 +1,231 @@
+"""vLLM's real KVCacheManager and BlockPool under a small scheduler, with a memory that tells.
+
+Every slot of the simulated device memory remembers which token was written into it, so after
+any sequence of requests, rounds, aborts and preemptions a row can be read back and compared
+with what its request must hold.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from triattention_vllm.config import Settings
+from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundPlan
+from triattention_vllm.engine.spec import CompressedAttentionSpec
+
+Token = tuple[int, int]
+"""(position, hash of the tokens up to it): equal for equal prefixes of different requests."""
+
+
+@dataclass
+class Live:
+    """A running request: what it must hold in the cache, in order."""
+
+    request: Request
+    cached: list[Token] = field(default_factory=list)
+    num_rounds: int = 0
+    in_flight: list[int] = field(default_factory=list)
+
+
+class PoolWorld:
+    """``settings`` over ``num_blocks`` blocks; ``depth`` steps may be in flight at once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        block_size: int,
+        num_blocks: int,
+        *,
+        prefix_caching: bool = True,
+        depth: int = 1,
+        max_batched: int = 64,
+        max_model_len: int = 1 << 20,
+    ) -> None:
+        init_none_hash(sha256)
+        base = FullAttentionSpec(
+            block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32
+        )
+        spec = CompressedAttentionSpec.from_full_attention(base, settings, depth * max_batched)
+        config = KVCacheConfig(
+            num_blocks=num_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(layer_names=["layer"], kv_cache_spec=spec)],
+        )
+        self.kv = KVCacheManager(
+            config,
+            max_model_len=max_model_len,
+            scheduler_block_size=block_size,
+            hash_block_size=block_size,
+            max_in_flight_tokens=depth * max_batched,
+            enable_caching=prefix_caching,
+        )
+        manager = self.kv.coordinator.single_type_managers[0]
+        assert isinstance(manager, CompressedKVCacheManager)
+        self.manager = manager
+        self.pool = self.kv.block_pool
+        self.block_size = block_size
+        self.depth = depth
+        self.max_batched = max_batched
+        self.hasher = get_request_block_hasher(block_size, sha256)
+        self.memory: dict[tuple[int, int], Token] = {}
+        self.live: dict[str, Live] = {}
+        self.waiting: list[Live] = []
+        self.num_preemptions = 0
+        self.plans: list[RoundPlan] = []
+
+    def add(self, request_id: str, prompt: list[int], max_tokens: int = 1 << 16) -> None:
+        """Queue a request."""
+        request = Request(
+            request_id,
+            prompt,
+            SamplingParams(max_tokens=max_tokens),
+            None,
+            block_hasher=self.hasher,
+        )
+        self.waiting.append(Live(request))
+
+    def finish(self, request_id: str) -> None:
+        """End or abort a running request: its blocks go back."""
+        live = self.live.pop(request_id)
+        self.kv.free(live.request)
+
+    def step(self) -> list[RoundPlan]:
+        """Schedule every request it can, run the rounds, then write the step's tokens."""
+        self.settle()
+        scheduled: list[tuple[Live, int]] = []
+        for live in list(self.live.values()):
+            if live.request.request_id in self.live:
+                self._schedule_running(live, scheduled)
+        while self.waiting and self._admit(self.waiting[0], scheduled):
+            self.waiting.pop(0)
+        plans = self.manager.take_plans()
+        self.plans += plans
+        for plan in plans:
+            self._run(plan)
+        for live, num_new in scheduled:
+            if live.request.request_id in self.live:
+                self._write(live, num_new)
+        return plans
+
+    def settle(self) -> None:
+        """Commit the oldest step in flight: its tokens are computed, one token is sampled."""
+        for live in self.live.values():
+            if len(live.in_flight) >= self.depth:
+                self._commit(live)
+
+    def _commit(self, live: Live) -> None:
+        request = live.request
+        request.num_in_flight_tokens -= live.in_flight.pop(0)
+        if request.num_computed_tokens + 1 > request.num_tokens:
+            request.append_output_token_ids(len(request.output_token_ids) % 50)
+
+    def _num_new(self, live: Live) -> int:
+        request = live.request
+        missing = request.num_tokens - request.num_computed_tokens
+        return min(missing, self.max_batched)
+
+    def _schedule_running(self, live: Live, scheduled: list[tuple[Live, int]]) -> None:
+        num_new = self._num_new(live)
+        if num_new <= 0:
+            while live.in_flight:
+                self._commit(live)
+            num_new = self._num_new(live)
+        while self.kv.allocate_slots(live.request, num_new) is None:
+            victim = list(self.live.values())[-1]
+            self._preempt(victim)
+            scheduled[:] = [(other, n) for other, n in scheduled if other is not victim]
+            if victim is live:
+                return
+        scheduled.append((live, num_new))
+
+    def _admit(self, live: Live, scheduled: list[tuple[Live, int]]) -> bool:
+        request = live.request
+        blocks, num_hits, _ = self.kv.get_computed_blocks(request)
+        num_new = min(request.num_tokens - num_hits, self.max_batched)
+        got = self.kv.allocate_slots(
+            request,
+            num_new,
+            num_new_computed_tokens=num_hits,
+            new_computed_blocks=blocks,
+            full_sequence_must_fit=True,
+        )
+        if got is None:
+            return False
+        request.num_computed_tokens = num_hits
+        request.status = RequestStatus.RUNNING
+        live.cached = [self._token(request, position) for position in range(num_hits)]
+        self.live[request.request_id] = live
+        scheduled.append((live, num_new))
+        return True
+
+    def _preempt(self, live: Live) -> None:
+        self.num_preemptions += 1
+        request = live.request
+        del self.live[request.request_id]
+        self.kv.free(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_in_flight_tokens = 0
+        self.waiting.insert(0, Live(request))
+
+    def _token(self, request: Request, position: int) -> Token:
+        return position, hash(tuple(request.all_token_ids[: position + 1]))
+
+    def _run(self, plan: RoundPlan) -> None:
+        """What a worker does, with an arbitrary selection: keep the region's last tokens."""
+        live = self.live[plan.request_id]
+        size = self.block_size
+        region = [self.memory[block, slot] for block in plan.source_blocks for slot in range(size)]
+        num_kept = len(plan.destination_blocks) * size
+        num_survivors = num_kept - plan.first_candidate
+        kept = region[: plan.first_candidate] + region[len(region) - num_survivors :]
+        for i, token in enumerate(kept):
+            self.memory[plan.destination_blocks[i // size], i % size] = token
+        start = live.cached.index(region[0])
+        assert live.cached[start : start + len(region)] == region
+        live.cached[start : start + len(region)] = kept
+        live.num_rounds += 1
+
+    def _write(self, live: Live, num_new: int) -> None:
+        request = live.request
+        row = self.manager.req_to_blocks[request.request_id]
+        first = request.num_computed_tokens
+        for position in range(first, first + num_new):
+            block = row[position // self.block_size]
+            assert not block.is_null
+            token = self._token(request, position)
+            self.memory[block.block_id, position % self.block_size] = token
+            live.cached.append(token)
+        request.num_computed_tokens += num_new
+        request.num_in_flight_tokens += num_new
+        live.in_flight.append(num_new)
+
+    def check_invariants(self) -> None:
+        """Every invariant of the rows and the pool, and every cached token in its place."""
+        holders: Counter[int] = Counter()
+        for request_id, row in self.manager.req_to_blocks.items():
+            num_null = self.manager.num_null_blocks.get(request_id, 0)
+            assert [block.is_null for block in row] == [i < num_null for i in range(len(row))]
+            holders.update(block.block_id for block in row[num_null:])
+        for block in self.pool.blocks[1:]:
+            assert block.ref_cnt == holders[block.block_id], block
+        assert self.pool.get_num_free_blocks() + len(holders) == self.pool.num_gpu_blocks - 1
+        for request_id, live in self.live.items():
+            assert self.read(request_id) == live.cached
+
+    def read(self, request_id: str) -> list[Token]:
+        """The request's cached tokens, as attention would read them behind the null head."""
+        row = self.manager.req_to_blocks[request_id]
+        num_null = self.manager.num_null_blocks.get(request_id, 0)
+        num_tokens = self.live[request_id].request.num_computed_tokens
+        return [
+            self.memory[row[i // self.block_size].block_id, i % self.block_size]
+            for i in range(num_null * self.block_size, num_tokens)
+        ]

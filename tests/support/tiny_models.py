@@ -1,0 +1,112 @@
+"""Random-weight models of other families, built from transformers' own configurations.
+
+Same character as ``write_tiny_model``: embeddings share a direction, attention is not flat.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+from triattention_vllm.tools.tiny_model import concentrated_embeddings, write_tokenizer
+
+VOCAB_SIZE = 320
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+def llama3_config() -> PretrainedConfig:
+    """Grouped queries, llama3 frequencies (waves on all three sides of the ramp)."""
+    return transformers.LlamaConfig(
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=8192,
+        rope_parameters=dict(LLAMA3_SCALING),
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=258,
+    )
+
+
+def gptj_config() -> PretrainedConfig:
+    """Interleaved pairs, half of the head rotated, no grouping."""
+    return transformers.GPTJConfig(
+        n_embd=128,
+        n_layer=3,
+        n_head=4,
+        n_positions=8192,
+        rotary_dim=16,
+        vocab_size=VOCAB_SIZE,
+        bos_token_id=None,
+        eos_token_id=258,
+        tie_word_embeddings=False,
+    )
+
+
+def gpt_neox_config() -> PretrainedConfig:
+    """Half pairs, a quarter of the head rotated, biases everywhere."""
+    return transformers.GPTNeoXConfig(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=8192,
+        vocab_size=VOCAB_SIZE,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+        },
+        bos_token_id=None,
+        eos_token_id=258,
+        tie_word_embeddings=False,
+    )
+
+
+CONFIGS = {"llama3": llama3_config, "gptj": gptj_config, "gpt_neox": gpt_neox_config}
+
+
+def write_model(folder: str | Path, family: str, *, seed: int = 0) -> Path:
+    """Write a model of ``family`` (a key of CONFIGS) with tokenizer; the same seed, same bytes."""
+    folder = Path(folder)
+    config = CONFIGS[family]()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2:
+                parameter.copy_(noise * _gain(name) / parameter.shape[1] ** 0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * noise)
+            else:
+                parameter.copy_(torch.exp(0.1 * noise))
+        embedding, lm_head = concentrated_embeddings(
+            config.vocab_size, config.hidden_size, generator
+        )
+        model.get_input_embeddings().weight.copy_(embedding)
+        model.get_output_embeddings().weight.copy_(lm_head)
+    model.save_pretrained(folder)
+    write_tokenizer(folder, config.vocab_size)
+    return folder
+
+
+def _gain(name: str) -> float:
+    """Standard deviation of a projection's output for inputs of unit variance."""
+    if any(part in name for part in ("q_proj", "k_proj", "query_key_value")):
+        return 1.7
+    if any(part in name for part in ("down_proj", "fc_out", "dense_4h_to_h")):
+        return 0.5
+    return 0.9

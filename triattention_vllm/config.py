@@ -1,0 +1,263 @@
+"""The settings: every name, default, unit, range and contradiction, described once."""
+
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, Self, cast, get_args
+
+from triattention_vllm.errors import SettingsError
+from triattention_vllm.method.policy import Policy, Protect
+
+OFF = "off"
+ADDITIONAL_CONFIG_KEY = "kv_compression"
+ENVIRONMENT_PREFIX = "TRIATTENTION_"
+
+Selection = Literal["per_head", "per_layer_per_head", "union"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a setting means and what it may be.
+
+    kinds: allowed Python types (``bool`` never counts as ``int``).
+    choices: allowed strings; empty where any string is.
+    later: choices that are planned and refused until then.
+    minimum: smallest allowed number.
+    """
+
+    help: str
+    kinds: tuple[type, ...]
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
+    minimum: int = 0
+
+    @property
+    def allowed(self) -> str:
+        """What may be given, in words."""
+        parts = [f'"{choice}"' for choice in self.choices]
+        if str in self.kinds and not self.choices:
+            parts.append("a path")
+        if int in self.kinds:
+            parts.append(f"a whole number of {self.unit}, at least {self.minimum}")
+        return " or ".join(parts)
+
+    def refuse(self, name: str, value: object) -> None:
+        """Raise SettingsError unless ``value`` has an allowed type and lies in range."""
+        if type(value) not in self.kinds:
+            found = f"{value!r} ({type(value).__name__})"
+            raise SettingsError(f"{name} is {found}, allowed is {self.allowed}.")
+        if isinstance(value, int) and value < self.minimum:
+            raise SettingsError(f"{name} is {value}, allowed is {self.allowed}.")
+        if isinstance(value, str) and value in self.later:
+            raise SettingsError(
+                f'{name} "{value}" is not available yet, allowed is {self.allowed}.'
+            )
+        known = value in self.choices if self.choices else value != ""
+        if isinstance(value, str) and not known:
+            raise SettingsError(f"{name} is {value!r}, allowed is {self.allowed}.")
+
+
+def _described(default: Any, description: Description) -> Any:
+    """A dataclass field that carries its description."""
+    return field(default=default, metadata={"description": description})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Validated settings of KV compression. An object that exists is free of contradictions
+    that can be seen without an engine; ``check_engine`` and ``check_files`` see the rest.
+
+    Raises SettingsError with one sentence that says what is allowed.
+    """
+
+    method: str = _described(
+        "triattention",
+        Description("How cached tokens are scored.", (str,), choices=("triattention",)),
+    )
+    budget: int = _described(
+        2048,
+        Description(
+            "Tokens of a request that stay in the KV cache after a round.",
+            (int,),
+            unit="tokens",
+            minimum=1,
+        ),
+    )
+    interval: int = _described(
+        128, Description("New tokens between two rounds.", (int,), unit="tokens", minimum=1)
+    )
+    window: int = _described(
+        128,
+        Description("Most recent tokens, which a round never evicts.", (int,), unit="tokens"),
+    )
+    protect: Protect | int = _described(
+        "prompt",
+        Description(
+            "First tokens that are never evicted: the prompt while it is at most half of the "
+            "budget, the whole prompt on top of the budget, the sink tokens, or a number.",
+            (str, int),
+            unit="tokens",
+            choices=get_args(Protect),
+        ),
+    )
+    sink_tokens: int = _described(
+        16, Description("First tokens that are always protected.", (int,), unit="tokens")
+    )
+    selection: Selection = _described(
+        "per_head",
+        Description(
+            "Who shares one choice of kept tokens: a KV head across layers, nobody, or all.",
+            (str,),
+            choices=get_args(Selection),
+        ),
+    )
+    when: str = _described(
+        "always",
+        Description("When rounds run.", (str,), choices=("always",), later=("pressure",)),
+    )
+    statistics: str | None = _described(
+        None,
+        Description(
+            "Statistics file of the model; without one, the file in the cache folder, which is "
+            "made at the first start.",
+            (str, NoneType),
+        ),
+    )
+    calibration_text: str | None = _described(
+        None,
+        Description(
+            "Text file for making the statistics; without one, the text that is shipped.",
+            (str, NoneType),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for name, description in descriptions().items():
+            description.refuse(name, vars(self)[name])
+        if self.budget < self.window + self.interval:
+            raise SettingsError(
+                f"budget {self.budget} is below window {self.window} + interval "
+                f"{self.interval}; set it to at least {self.window + self.interval} tokens."
+            )
+        if self.statistics is not None and self.calibration_text is not None:
+            raise SettingsError(
+                "statistics and calibration_text are both set, but a text is only read where "
+                "no statistics file is given; leave one of them out."
+            )
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, object]) -> Self:
+        """Settings from names and values; names that are not given keep their default."""
+        known = descriptions()
+        unknown = sorted(str(name) for name in mapping if name not in known)
+        if unknown:
+            raise SettingsError(
+                f"Unknown setting {', '.join(unknown)}; known are {', '.join(known)}."
+            )
+        return cls(**cast(dict[str, Any], mapping))
+
+    def to_mapping(self) -> dict[str, str | int | None]:
+        """All settings as JSON values; ``from_mapping`` gives the same settings back."""
+        return asdict(self)
+
+    def policy(self, block_size: int) -> Policy:
+        """The rounds that these settings ask for, in blocks of ``block_size`` tokens."""
+        return Policy(
+            budget=self.budget,
+            interval=self.interval,
+            window=self.window,
+            sink_tokens=self.sink_tokens,
+            protect=self.protect,
+            block_size=block_size,
+        )
+
+    def check_engine(self, max_model_len: int, block_size: int) -> None:
+        """Raise SettingsError where the settings contradict the engine's lengths, in tokens."""
+        if self.budget > max_model_len:
+            raise SettingsError(
+                f"budget {self.budget} is above max_model_len {max_model_len}, so nothing would "
+                f"ever be evicted; set it below {max_model_len} or raise --max-model-len."
+            )
+        policy = self.policy(block_size)
+        if policy.min_survivors() <= 0:
+            raise SettingsError(
+                f"budget {self.budget} leaves no candidate beside window {self.window} and up to "
+                f"{policy.max_protected_prefix()} protected tokens (protect={self.protect!r}) in "
+                f"blocks of {block_size}; set budget to {self._enough_budget(block_size)} or "
+                "more, or protect fewer tokens."
+            )
+
+    def check_files(self) -> None:
+        """Raise SettingsError where a file that is named does not exist."""
+        for name, path in (
+            ("statistics", self.statistics_path),
+            ("calibration_text", self.calibration_text_path),
+        ):
+            if path is not None and not path.is_file():
+                raise SettingsError(
+                    f"{name} names {path}, which is not a file; give the path of one, or leave "
+                    f"{name} out."
+                )
+
+    @property
+    def statistics_path(self) -> Path | None:
+        """``statistics`` with ``~`` resolved."""
+        return None if self.statistics is None else Path(self.statistics).expanduser()
+
+    @property
+    def calibration_text_path(self) -> Path | None:
+        """``calibration_text`` with ``~`` resolved."""
+        text = self.calibration_text
+        return None if text is None else Path(text).expanduser()
+
+    def _enough_budget(self, block_size: int) -> int:
+        """A budget that leaves candidates: ``B > W + P`` and three blocks for rounding, where
+        a protected prompt takes half of it."""
+        fixed = self.window + 3 * block_size
+        sinks = max(self.sink_tokens, self.protect if isinstance(self.protect, int) else 0)
+        return max(fixed + sinks, 2 * fixed if self.protect == "prompt" else 0)
+
+
+def descriptions() -> dict[str, Description]:
+    """Description of each setting by name, in the order of the class."""
+    return {entry.name: entry.metadata["description"] for entry in fields(Settings)}
+
+
+def environment_name(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"{ENVIRONMENT_PREFIX}{name.upper()}"
+
+
+def settings_table() -> str:
+    """The table of settings in the README, as Markdown."""
+    rows = [
+        "| setting | default | allowed | meaning | variable |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for entry in fields(Settings):
+        description: Description = entry.metadata["description"]
+        rows.append(
+            f"| `{entry.name}` | {_default(entry)} | {description.allowed} | {description.help} "
+            f"| `{environment_name(entry.name)}` |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def settings_help() -> str:
+    """Help of ``--kv-compression-config``: one clause per setting."""
+    clauses = [
+        f"{entry.name} ({entry.metadata['description'].allowed}; default {_default(entry)}): "
+        f"{entry.metadata['description'].help}"
+        for entry in fields(Settings)
+        if entry.name != "method"
+    ]
+    return "Settings of KV compression as JSON, or one at a time as " + (
+        "--kv-compression-config.NAME VALUE.\n\n" + "\n".join(f"- {clause}" for clause in clauses)
+    )
+
+
+def _default(entry: Field[Any]) -> str:
+    """A default as the table and the help show it."""
+    return "none" if entry.default is None else str(entry.default)

@@ -1,0 +1,1 @@
+"""The roles that this package plays inside vLLM; the only place that imports vLLM."""

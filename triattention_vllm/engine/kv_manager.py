@@ -1,0 +1,160 @@
+"""Rows with a null head: the manager that decides rounds and gives blocks back to the pool.
+
+A request's row of blocks keeps its logical length. A round puts null blocks at its head,
+frees as many real ones and notes a plan; the workers carry it out before the same step runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.request import Request
+
+from triattention_vllm.errors import RoundError
+from triattention_vllm.method.policy import Round
+
+if TYPE_CHECKING:
+    from triattention_vllm.engine.spec import CompressedAttentionSpec
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What every worker does for one round of one request, in one KV-cache group.
+
+    nominal_boundary: ``N*``, the position of the next query for the score.
+    source_blocks: physical ids of the region, from the block of the first candidate to ``P0``.
+    first_candidate: protected tokens that lead the region and stay, below the block size.
+    destination_blocks: physical ids that hold what is kept of the region, completely filled.
+    row_start, row_blocks: the row from block index ``row_start`` on reads ``row_blocks`` now.
+    """
+
+    request_id: str
+    group_id: int
+    nominal_boundary: int
+    source_blocks: tuple[int, ...]
+    first_candidate: int
+    destination_blocks: tuple[int, ...]
+    row_start: int
+    row_blocks: tuple[int, ...]
+
+    @property
+    def num_freed_blocks(self) -> int:
+        """Blocks that the row lost: evicted tokens / block size."""
+        return len(self.source_blocks) - len(self.destination_blocks)
+
+
+class CompressedKVCacheManager(FullAttentionManager):
+    """vLLM's full-attention manager plus rounds.
+
+    ``num_null_blocks`` holds ``E / block_size`` for every request that had a round; requests
+    that had none are managed by vLLM's own code alone.
+    """
+
+    kv_cache_spec: "CompressedAttentionSpec"
+
+    def __init__(self, kv_cache_spec: "CompressedAttentionSpec", **kwargs: object) -> None:
+        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks_per_request()
+        super().__init__(kv_cache_spec, **kwargs)
+        self.policy = kv_cache_spec.policy
+        self.num_null_blocks: dict[str, int] = {}
+        self.pending_plans: dict[str, RoundPlan] = {}
+        self.num_deferred_rounds = 0
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Start the round that is due for the request, if one is.
+
+        vLLM calls this from ``allocate_slots`` with committed tokens only, before it allocates
+        the step's blocks; it is where sliding-window managers drop their old blocks.
+        """
+        if not self.req_to_blocks.get(request_id):
+            return  # a waiting request: it gets its blocks behind this call
+        if num_prompt_tokens is None:
+            raise RoundError(
+                "vLLM called remove_skipped_blocks without num_prompt_tokens, which the policy "
+                "needs to protect the prompt; this vLLM version is not supported"
+            )
+        num_evicted = self.num_null_blocks.get(request_id, 0) * self.block_size
+        due = self.policy.due_round(processed_computed_tokens, num_evicted, num_prompt_tokens)
+        if due is not None:
+            self._start_round(request_id, due)
+
+    def _start_round(self, request_id: str, due: Round) -> None:
+        """Edit the row, free blocks, note the plan; or defer where no private block is free."""
+        row = self.req_to_blocks[request_id]
+        num_null = due.num_evicted_before // self.block_size
+        num_new_null = due.num_newly_evicted // self.block_size
+        first = num_null + due.first_candidate // self.block_size
+        end = num_null + due.end_candidate // self.block_size
+        source = row[first:end]
+        num_destination = len(source) - num_new_null
+        # A writable block is refilled in its place, so survivors only slide forward; in place
+        # of a hashed or shared one comes a private block.
+        in_place = [self.block_pool.is_block_writable(b) for b in source[:num_destination]]
+        num_private = in_place.count(False)
+        released = [b for b, kept in zip(source, in_place, strict=False) if not kept]
+        released += source[num_destination:]
+        num_released = sum(block.ref_cnt == 1 for block in released)
+        if num_private > self.block_pool.get_num_free_blocks() + num_released:
+            self.num_deferred_rounds += 1
+            return
+        # Released first: the workers read every source before anything is written.
+        self.block_pool.free_blocks(reversed(released))
+        private = iter(self.block_pool.get_new_blocks(num_private))
+        destination = [
+            block if kept else next(private) for block, kept in zip(source, in_place, strict=False)
+        ]
+        row[num_null:end] = [self._null_block] * num_new_null + row[num_null:first] + destination
+        self.num_null_blocks[request_id] = num_null + num_new_null
+        self.pending_plans[request_id] = RoundPlan(
+            request_id=request_id,
+            group_id=self.kv_cache_group_id,
+            nominal_boundary=due.nominal_boundary,
+            source_blocks=tuple(block.block_id for block in source),
+            first_candidate=due.first_candidate % self.block_size,
+            destination_blocks=tuple(block.block_id for block in destination),
+            row_start=num_null,
+            row_blocks=tuple(block.block_id for block in row[num_null:end]),
+        )
+
+    def take_plans(self) -> list[RoundPlan]:
+        """Drain the plans of this step, in the order in which they were decided."""
+        plans = list(self.pending_plans.values())
+        self.pending_plans.clear()
+        return plans
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Register block hashes as vLLM does, until the request's first round.
+
+        Behind a round, block ``i`` no longer holds what tokens ``i * block_size`` onwards would
+        hold without compression, so nothing computed after it may serve another request.
+        """
+        if request.request_id in self.num_null_blocks:
+            return
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """The request's real blocks; its null head and a plan not yet sent are forgotten."""
+        self.pending_plans.pop(request_id, None)
+        num_null = self.num_null_blocks.pop(request_id, 0)
+        return cast(list[KVCacheBlock], super().pop_blocks_for_free(request_id)[num_null:])
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """No cascade attention: the null block's reference count says nothing."""
+        del running_request_id
+        return 0

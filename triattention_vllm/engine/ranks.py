@@ -1,0 +1,32 @@
+"""What the worker processes of one engine tell each other at start-up."""
+
+from typing import TypeVar
+
+import torch
+from vllm.distributed.parallel_state import get_world_group
+
+T = TypeVar("T")
+
+
+def is_first_rank() -> bool:
+    """Whether this is global rank 0, the one that reads and writes files."""
+    return bool(get_world_group().rank_in_group == 0)
+
+
+def gather_from_all_ranks(value: T) -> list[T]:
+    """``value`` of every rank, in rank order, on every rank. Collective; values are pickled."""
+    world = get_world_group()
+    if world.world_size == 1:
+        return [value]
+    gathered: list[T | None] = [None] * world.world_size
+    torch.distributed.all_gather_object(gathered, value, group=world.cpu_group)
+    return [value for value in gathered if value is not None]
+
+
+def from_first_rank(value: T) -> T:
+    """``value`` of global rank 0, on every rank. Collective; the value is pickled."""
+    world = get_world_group()
+    if world.world_size == 1:
+        return value
+    received: T = world.broadcast_object(value, src=0)
+    return received

@@ -1,0 +1,86 @@
+"""What cannot run together with KV compression, refused at start with one sentence each."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
+
+from triattention_vllm.config import Settings
+from triattention_vllm.errors import UnsupportedError
+
+UNQUANTISED_KV_DTYPES = ("auto", "float16", "bfloat16")
+
+
+def refuse_unsupported(vllm_config: VllmConfig, settings: Settings) -> None:
+    """Raise ``UnsupportedError`` naming everything in the configuration that stands against
+    compression, or return."""
+    _raise_all(_config_refusals(vllm_config, settings))
+
+
+def refuse_unsupported_layers(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ``UnsupportedError`` for layers that would be compressed and cannot be.
+
+    layers: name -> module of every layer that vLLM gives a plain full-attention cache.
+    """
+    if not layers:
+        raise UnsupportedError(
+            "KV compression works on full-attention layers and this model has none; "
+            "start it without --kv-compression"
+        )
+    _raise_all(
+        f"layer {name}: {reason}"
+        for name, layer in layers.items()
+        for reason in _layer_refusals(layer)
+    )
+
+
+def _raise_all(refusals: Iterator[str]) -> None:
+    found = list(refusals)
+    if found:
+        raise UnsupportedError(
+            "KV compression cannot run here: "
+            + "; ".join(found)
+            + ". Change that, or start without --kv-compression"
+        )
+
+
+def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model.runner_type != "generate":
+        yield f"the model runs as {model.runner_type!r} and only generation has a long KV cache"
+    if model.use_mla:
+        yield "the model uses multi-head latent attention, whose cache has no per-head keys"
+    if model.is_encoder_decoder:
+        yield "the model is an encoder-decoder and cross-attention is not compressed"
+    if model.is_mm_prefix_lm:
+        yield "the model attends in both directions inside images, by token position"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "context parallelism splits a request's tokens over ranks; set its size to 1"
+    if vllm_config.kv_transfer_config is not None:
+        yield "a KV connector loads and saves blocks by token position; unset kv_transfer_config"
+    if vllm_config.speculative_config is not None:
+        yield "speculative decoding has not been verified with compression; unset its config"
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in UNQUANTISED_KV_DTYPES:
+        yield f"KV dtype {cache_dtype!r} cannot be scored yet; allowed: {UNQUANTISED_KV_DTYPES}"
+    if settings.selection == "union" and parallel.tensor_parallel_size > 1:
+        yield "selection 'union' needs all heads on one rank; use per_head or tensor parallel 1"
+
+
+def _layer_refusals(layer: nn.Module) -> Iterator[str]:
+    if not isinstance(layer, Attention):
+        yield f"{type(layer).__name__} is not vLLM's Attention"
+        return
+    if layer.attn_type != AttentionType.DECODER:
+        yield f"attention type {layer.attn_type!r} is not causal self-attention"
+    if layer.kv_sharing_target_layer_name is not None:
+        yield f"it shares the KV cache of {layer.kv_sharing_target_layer_name}"
+    if layer.head_size != layer.head_size_v:
+        yield f"keys have {layer.head_size} dimensions and values {layer.head_size_v}"
+    if layer.impl.alibi_slopes is not None:
+        yield "ALiBi computes biases from token positions in the cache"
+    if get_kv_quant_mode(layer.kv_cache_dtype) != KVQuantMode.NONE:
+        yield f"its KV cache is quantised ({layer.kv_cache_dtype})"

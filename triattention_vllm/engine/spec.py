@@ -1,0 +1,90 @@
+"""The KV-cache spec of a compressed layer: same pages as full attention, a bounded request."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from triattention_vllm.config import Settings
+from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
+from triattention_vllm.method.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedAttentionSpec(FullAttentionSpec):
+    """``FullAttentionSpec`` whose requests hold at most budget + interval + in-flight tokens.
+
+    settings, max_in_flight_tokens: baked in, because vLLM hands neither to the manager that it
+    builds from this spec (``get_manager_for_kv_cache_spec``).
+    """
+
+    settings: Settings
+    max_in_flight_tokens: int
+
+    @classmethod
+    def from_full_attention(
+        cls, spec: FullAttentionSpec, settings: Settings, max_in_flight_tokens: int
+    ) -> Self:
+        """Same pages as ``spec``, compressed under ``settings``."""
+        return cls(**vars(spec), settings=settings, max_in_flight_tokens=max_in_flight_tokens)
+
+    @property
+    def policy(self) -> Policy:
+        """When rounds are due for requests of this spec, in blocks of its size."""
+        return self.settings.policy(self.block_size)
+
+    def max_blocks_per_request(self) -> int | None:
+        """Most blocks one request holds at once, or None where the prompt alone decides."""
+        max_tokens = self.policy.max_cached_tokens(self.max_in_flight_tokens)
+        return None if max_tokens is None else cdiv(max_tokens, self.block_size)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes that one request of ``max_model_len`` needs; vLLM sizes the pool with it."""
+        full = super().max_memory_usage_bytes(vllm_config)
+        max_blocks = self.max_blocks_per_request()
+        return full if max_blocks is None else min(full, max_blocks * self.page_size_bytes)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for a group of layers; all of them must be compressed the same way."""
+        first = specs[0]
+        for spec in specs:
+            assert (spec.settings, spec.max_in_flight_tokens) == (
+                first.settings,
+                first.max_in_flight_tokens,
+            ), "all layers of one KV cache group must be compressed with the same settings"
+        base = FullAttentionSpec.merge([FullAttentionSpec(**_base_fields(spec)) for spec in specs])
+        return cls.from_full_attention(base, first.settings, first.max_in_flight_tokens)
+
+
+def _base_fields(spec: CompressedAttentionSpec) -> dict[str, object]:
+    own = {"settings", "max_in_flight_tokens"}
+    return {name: value for name, value in vars(spec).items() if name not in own}
+
+
+def compressed_specs(
+    specs: dict[str, KVCacheSpec], settings: Settings, max_in_flight_tokens: int
+) -> dict[str, KVCacheSpec]:
+    """Replace every plain full-attention spec by ours; all other layers stay as they are."""
+    return {
+        name: CompressedAttentionSpec.from_full_attention(spec, settings, max_in_flight_tokens)
+        if type(spec) is FullAttentionSpec and _is_plain(spec)
+        else spec
+        for name, spec in specs.items()
+    }
+
+
+def _is_plain(spec: FullAttentionSpec) -> bool:
+    """Full attention over all tokens: no window, no chunks, causal."""
+    return spec.sliding_window is None and spec.attention_chunk_size is None and not spec.non_causal
+
+
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(
+    CompressedAttentionSpec,
+    manager_class=CompressedKVCacheManager,
+    uniform_type_base_spec=FullAttentionSpec,
+)

@@ -1,0 +1,28 @@
+"""Every error this package raises, under one base class.
+
+A message says what was found, what is allowed and what to do next.
+"""
+
+
+class TriAttentionError(Exception):
+    """Base class of all errors of this package."""
+
+
+class SettingsError(TriAttentionError, ValueError):
+    """A setting is unknown, has a wrong type, is out of range or contradicts another."""
+
+
+class StatisticsError(TriAttentionError, ValueError):
+    """A statistics file is missing, unreadable, or does not fit the running model."""
+
+
+class UnsupportedError(TriAttentionError, ValueError):
+    """The model, platform or vLLM feature cannot run together with KV compression."""
+
+
+class SeamError(TriAttentionError, RuntimeError):
+    """An attribute of vLLM that this package relies on is not what it was verified to be."""
+
+
+class RoundError(TriAttentionError, RuntimeError):
+    """A round would break an invariant of the block rows; nothing has been written."""

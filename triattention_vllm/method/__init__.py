@@ -1,0 +1,1 @@
+"""Decisions and scores of the method: knows the kernels, never vLLM."""

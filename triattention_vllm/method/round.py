@@ -1,0 +1,38 @@
+"""One batch of rounds on the device: score, select, compact."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from triattention_kernels import PagedKV, RoundBatch, compact, score, select
+
+from triattention_vllm.method.score_triattention import TriAttentionScorer
+
+Selection = Literal["per_head", "per_layer_per_head", "union"]
+
+
+def run_rounds(
+    kv: PagedKV,
+    batch: RoundBatch,
+    boundaries: Sequence[int],
+    scorer: TriAttentionScorer,
+    selection: Selection,
+) -> torch.Tensor:
+    """Evict the lowest-scored candidates of every request in the batch, in place.
+
+    boundaries: ``N*`` of each request, the logical position of its next query. Modifies the
+    destination blocks of ``kv``. Returns what was kept of each region, ascending region token
+    indices int64 [R, L, H_kv, destination tokens]. Every step depends on the nominal boundary
+    and the cached keys alone, so the same inputs give the same survivors.
+    """
+    scores = score(
+        kv,
+        batch,
+        scorer.query_weights(boundaries),
+        scorer.norm_weights,
+        interleaved=scorer.interleaved,
+        rotary_dim=scorer.rotary_dim,
+    )
+    kept = select(scores, batch, kv.block_size, kv.num_kv_heads, selection)
+    compact(kv, batch, kept)
+    return kept

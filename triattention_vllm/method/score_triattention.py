@@ -1,0 +1,86 @@
+"""The TriAttention score, folded once per round into two products (arXiv 2604.04921).
+
+    s(k) = mean over d in OFFSETS of sum_f Re[qbar_f conj(k'_f) exp(i w_f (T + d))]
+         + sum_f (a_f - |qbar_f|) |k'_f|  +  sum over unrotated d of E[q_d] k_d
+
+with ``k'`` the key as cached, after RoPE. The mean is linear, so it is taken once:
+
+    c_f(T) = exp(i w_f T) * mean_d exp(i w_f d),    w_f = qbar_f c_f(T),    e_f = a_f - |qbar_f|
+    s(k)   = sum_f Re[w_f conj(k'_f)] + sum_f e_f |k'_f| + ...  =  q_w . k' + sum_f e_f |k'_f|
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from triattention_vllm.errors import StatisticsError
+from triattention_vllm.method.rope import Rotary, dims_from_pairs, phases
+from triattention_vllm.method.statistics import Statistics
+
+OFFSETS = tuple(2**power for power in range(17))
+
+
+class TriAttentionScorer:
+    """Weights that the score kernel multiplies with cached keys, for L layers and H query heads.
+
+    statistics: of exactly these layers and heads (a rank's shard); rotary: of the same layers.
+    dtype: of the weights, float32 or float64. device: where they are used.
+    Cached keys already carry the attention factor ``m``; the rotated weights carry it as well, as
+    the query would, so that rotated and unrotated dims keep their relative weight.
+
+    norm_weights: ``m e_f``, [L, H, F] of this dtype. rotary_dim: ``2F``; a NoPE layer has zeros in
+    its norm weights and the plain mean in its query weights, so the kernel needs no exception.
+
+    Raises StatisticsError where statistics and rotary describe different layers.
+    """
+
+    def __init__(
+        self,
+        statistics: Statistics,
+        rotary: Rotary,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        _check_same_layers(statistics, rotary)
+        factor = rotary.attention_factor.cpu().reshape(-1, 1, 1)
+        centre = statistics.centre().cpu()
+        excess = statistics.magnitude.cpu().double() - centre.abs()
+        self.interleaved = rotary.interleaved
+        self.rotary_dim = 2 * rotary.num_frequencies
+        self._inv_freq = rotary.inv_freq.cpu()
+        self._offset_mean = mean_turn(self._inv_freq, OFFSETS)
+        self._centre = (factor * centre).to(device)
+        self._unrotated_mean = statistics.unrotated_mean.double().to(device)
+        self._dtype = dtype
+        self.norm_weights = (factor * excess).to(device=device, dtype=dtype)
+
+    def query_weights(self, boundaries: Sequence[int]) -> Tensor:
+        """``q_w`` for each request's next position ``T``, [R, L, H, D] in head-dim order.
+
+        boundaries: nominal boundaries ``N*``, one per request. Phases are float64.
+        """
+        positions = torch.tensor(boundaries, dtype=torch.int64).reshape(-1, 1)
+        fold = phases(self._inv_freq, positions) * self._offset_mean  # [R, L, F]
+        pairs = self._centre * fold.unsqueeze(2).to(self._centre.device)  # [R, L, H, F]
+        rotated = dims_from_pairs(pairs, self.interleaved)
+        weights = self._unrotated_mean.repeat(len(boundaries), 1, 1, 1)
+        weights[..., : rotated.shape[-1]] += rotated
+        return weights.to(self._dtype)
+
+
+def mean_turn(inv_freq: Tensor, offsets: Sequence[int]) -> Tensor:
+    """``mean_d exp(i w_f d)`` as complex128 [..., F] for inv_freq float64 [..., F]."""
+    distances = torch.tensor(offsets, dtype=torch.int64).reshape(-1, *[1] * (inv_freq.dim() - 1))
+    return phases(inv_freq, distances).mean(0)
+
+
+def _check_same_layers(statistics: Statistics, rotary: Rotary) -> None:
+    model = statistics.fingerprint
+    mine = (model.rotary_dims, model.num_frequencies, model.interleaved)
+    theirs = (rotary.rotary_dims, rotary.num_frequencies, rotary.interleaved)
+    if mine != theirs:
+        raise StatisticsError(
+            f"statistics have rotary dims, frequencies and interleaving {mine}, the running "
+            f"model has {theirs}; pass the shard and the rotary parameters of the same layers"
+        )

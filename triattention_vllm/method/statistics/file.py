@@ -1,0 +1,123 @@
+"""The statistics file: safetensors whose metadata describes it, written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from triattention_vllm.errors import StatisticsError
+from triattention_vllm.method.statistics.fingerprint import Fingerprint
+
+SCHEMA_VERSION = "1"
+MAKE_ANOTHER = (
+    "run `triattention calibrate --model MODEL --output FILE` to make another, "
+    "or delete the file to have it made at the next start"
+)
+_FORMAT = "triattention-statistics"
+
+
+def write_file(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    fingerprint: Fingerprint,
+    provenance: Mapping[str, str],
+) -> None:
+    """Write atomically: a temporary file in the same folder, flushed, then renamed; mode 0600.
+
+    Raises StatisticsError where the folder cannot be written; no temporary file is left then.
+    """
+    content = to_safetensors(
+        {name: values.detach().cpu().contiguous() for name, values in tensors.items()},
+        metadata={
+            "format": _FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": fingerprint.to_json(),
+            "provenance": json.dumps(dict(provenance)),
+        },
+    )
+    try:
+        _replace_file(target, content)
+    except OSError as error:
+        raise StatisticsError(
+            f"statistics could not be written to {target} ({error}); "
+            "choose a file in a folder that exists and that this user may write"
+        ) from error
+
+
+def read_file(
+    path: str, names: tuple[str, ...]
+) -> tuple[dict[str, Tensor], Fingerprint, dict[str, str]]:
+    """The tensors of these names, the fingerprint and the provenance.
+
+    Raises StatisticsError for a file of another format, schema version or content; OSError and
+    SafetensorError for one that is missing, unreadable or not whole.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, str] = file.metadata() or {}
+        _check_metadata(metadata)
+        found = sorted(file.keys())
+        if found != sorted(names):
+            raise StatisticsError(f"it holds the tensors {found}; it must hold {sorted(names)}")
+        tensors = {name: file.get_tensor(name) for name in names}
+    fingerprint = Fingerprint.from_json(metadata["fingerprint"])
+    return tensors, fingerprint, _provenance_from_json(metadata["provenance"])
+
+
+def explain_unreadable(path: str, error: OSError | SafetensorError) -> StatisticsError:
+    """The error to raise for a file that is missing, unreadable or not whole."""
+    if isinstance(error, FileNotFoundError):
+        return StatisticsError(
+            f"statistics file {path}: there is no such file; run `triattention calibrate --model "
+            "MODEL --output FILE` to make it, or leave the setting `statistics` out"
+        )
+    return StatisticsError(
+        f"statistics file {path}: it is not a whole safetensors file ({error}); {MAKE_ANOTHER}; "
+        "a file of the public reference (.pt) is converted with "
+        "`triattention calibrate --import FILE.pt`"
+    )
+
+
+def _replace_file(target: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _check_metadata(metadata: dict[str, str]) -> None:
+    if metadata.get("format") != _FORMAT:
+        raise StatisticsError(
+            f"it is a safetensors file with metadata {sorted(metadata)}, not statistics; its "
+            f"metadata must have format {_FORMAT!r}"
+        )
+    if metadata.get("schema_version") != SCHEMA_VERSION:
+        raise StatisticsError(
+            f"its schema version is {metadata.get('schema_version')!r}; this version of "
+            f"triattention-vllm reads {SCHEMA_VERSION!r}"
+        )
+    missing = [name for name in ("fingerprint", "provenance") if name not in metadata]
+    if missing:
+        raise StatisticsError(f"its metadata lacks {missing}")
+
+
+def _provenance_from_json(text: str) -> dict[str, str]:
+    try:
+        provenance = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StatisticsError(f"its provenance is not JSON ({error})") from error
+    if not isinstance(provenance, dict) or not all(
+        isinstance(value, str) for value in provenance.values()
+    ):
+        raise StatisticsError("its provenance is not a JSON object of strings, as it must be")
+    return provenance

@@ -1,0 +1,182 @@
+"""Which model a set of statistics belongs to."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from triattention_vllm.errors import StatisticsError
+
+_NUM_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A model as the method sees it: the whole model, the same on every parallel rank.
+
+    architecture: the model class that its configuration names, such as ``Qwen3ForCausalLM``.
+    layer_indices: decoder layer index of each attention layer that has statistics, ascending
+        (a hybrid model lists its full-attention layers only).
+    rotary_dims: rotated dims of each of these layers; 0 for a NoPE layer.
+    inv_freq_hash: ``Rotary.inv_freq_hash()``. weights_hash: a hash of some of the weights.
+
+    None in a field means not known (files of the public reference): it is not compared.
+    """
+
+    architecture: str | None
+    layer_indices: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int | None
+    head_dim: int
+    rotary_dims: tuple[int, ...]
+    interleaved: bool
+    inv_freq_hash: str | None
+    weights_hash: str | None
+
+    def __post_init__(self) -> None:
+        indices = self.layer_indices
+        if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0:
+            raise StatisticsError(
+                f"layer indices are {list(indices)}; they must be ascending, each once, at least "
+                "one: list the decoder layer index of every attention layer"
+            )
+        if len(self.rotary_dims) != len(indices):
+            raise StatisticsError(
+                f"{len(self.rotary_dims)} rotary dims for {len(indices)} layers; "
+                "there must be one per layer"
+            )
+        if len(set(self.rotary_dims) - {0}) > 1:
+            raise StatisticsError(
+                f"rotary dims are {sorted(set(self.rotary_dims))}; layers must agree (or be 0)"
+            )
+        if self.num_heads < 1 or self.head_dim < 1 or not self._rotary_dims_fit():
+            raise StatisticsError(
+                f"num_heads {self.num_heads}, head_dim {self.head_dim} and rotary dims "
+                f"{sorted(set(self.rotary_dims))} describe no model: counts must be positive and "
+                "rotary dims even, at most head_dim"
+            )
+        if self.num_kv_heads is not None and (
+            self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads
+        ):
+            raise StatisticsError(
+                f"{self.num_heads} query heads cannot be grouped over {self.num_kv_heads} KV "
+                "heads; the first must be a multiple of the second"
+            )
+
+    def _rotary_dims_fit(self) -> bool:
+        return all(dim % 2 == 0 and 0 <= dim <= self.head_dim for dim in self.rotary_dims)
+
+    @property
+    def num_layers(self) -> int:
+        """``L``."""
+        return len(self.layer_indices)
+
+    @property
+    def num_frequencies(self) -> int:
+        """``F``."""
+        return max(self.rotary_dims) // 2
+
+    def mismatches(self, running: "Fingerprint") -> list[str]:
+        """One sentence, naming both sides, per field that differs; empty when both fit.
+
+        ``self`` is the side of the file, ``running`` the model that is being served.
+        """
+        sentences = []
+        if self.layer_indices != running.layer_indices:
+            sentences.append(_layers_sentence(self.layer_indices, running.layer_indices))
+        for field in fields(self):
+            mine: object = getattr(self, field.name)
+            theirs: object = getattr(running, field.name)
+            if field.name == "layer_indices" or mine is None or theirs is None:
+                continue
+            if field.name == "rotary_dims" and self.layer_indices != running.layer_indices:
+                mine, theirs = set(self.rotary_dims), set(running.rotary_dims)
+            if mine != theirs:
+                sentences.append(
+                    f"{field.name}: the file has {_short(mine)}, "
+                    f"the running model has {_short(theirs)}"
+                )
+        return sentences
+
+    def to_json(self) -> str:
+        """A JSON object with one member per field."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Fingerprint":
+        """The inverse of to_json. Raises StatisticsError where fields or types differ."""
+        try:
+            members = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise StatisticsError(f"the model fingerprint is not JSON ({error})") from error
+        names = [field.name for field in fields(cls)]
+        if not isinstance(members, dict) or sorted(members) != sorted(names):
+            found = sorted(members) if isinstance(members, dict) else type(members).__name__
+            raise StatisticsError(
+                f"the model fingerprint has members {found}; it must have {sorted(names)}"
+            )
+        return cls(
+            architecture=_text_or_none(members, "architecture"),
+            layer_indices=_integers(members, "layer_indices"),
+            num_heads=_integer(members, "num_heads"),
+            num_kv_heads=None
+            if members["num_kv_heads"] is None
+            else _integer(members, "num_kv_heads"),
+            head_dim=_integer(members, "head_dim"),
+            rotary_dims=_integers(members, "rotary_dims"),
+            interleaved=_boolean(members, "interleaved"),
+            inv_freq_hash=_text_or_none(members, "inv_freq_hash"),
+            weights_hash=_text_or_none(members, "weights_hash"),
+        )
+
+
+def _layers_sentence(mine: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    sentence = f"layers: the file has {len(mine)}, the running model has {len(theirs)}"
+    missing = [idx for idx in theirs if idx not in set(mine)]
+    extra = [idx for idx in mine if idx not in set(theirs)]
+    if missing:
+        sentence += f"; missing from the file: {_short(missing)}"
+    if extra:
+        sentence += f"; not in the running model: {_short(extra)}"
+    return sentence
+
+
+def _short(value: object) -> str:
+    """The value as an error message shows it; long lists are cut."""
+    if not isinstance(value, (tuple, list, set)):
+        return repr(value)
+    items = [str(item) for item in (sorted(value) if isinstance(value, set) else value)]
+    if len(items) > _NUM_LISTED:
+        return f"[{', '.join(items[:_NUM_LISTED])}, ... {len(items)} in all]"
+    return f"[{', '.join(items)}]"
+
+
+def _wrong(name: str, value: object, allowed: str) -> StatisticsError:
+    return StatisticsError(f"fingerprint member {name} is {value!r}; it must be {allowed}")
+
+
+def _integer(members: dict[str, Any], name: str) -> int:
+    value = members[name]
+    if type(value) is not int:
+        raise _wrong(name, value, "an integer")
+    return value
+
+
+def _integers(members: dict[str, Any], name: str) -> tuple[int, ...]:
+    value = members[name]
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        raise _wrong(name, value, "a list of integers")
+    return tuple(value)
+
+
+def _boolean(members: dict[str, Any], name: str) -> bool:
+    value = members[name]
+    if type(value) is not bool:
+        raise _wrong(name, value, "true or false")
+    return value
+
+
+def _text_or_none(members: dict[str, Any], name: str) -> str | None:
+    value = members[name]
+    if value is not None and not isinstance(value, str):
+        raise _wrong(name, value, "a string or null")
+    return value

@@ -1,0 +1,1 @@
+"""The ``triattention`` command line."""

@@ -1,0 +1,161 @@
+"""``triattention demo``: the same long answers in a small pool, without and with compression.
+
+Builds a tiny random model, serves it with the real ``vllm serve`` on loopback and shows what
+happens at the wall. Needs no GPU, no network and no model of yours; the texts are gibberish, the
+blocks are real.
+"""
+
+import argparse
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from triattention_vllm.errors import SettingsError, TriAttentionError
+from triattention_vllm.tools.blocks_plot import plot_blocks
+from triattention_vllm.tools.demo_display import Display, comparison
+from triattention_vllm.tools.load import Timeline, put_under_load
+from triattention_vllm.tools.server import serving
+from triattention_vllm.tools.tiny_model import write_tiny_model
+
+BLOCK_SIZE = 32
+POOL_MEBIBYTES = 12
+SHORT_MAX_LEN = 2048
+LONG_MAX_LEN = 16384
+_PROMPT = "Client {}: please think for a long time, step by step, before you answer."
+_LONGEST_PROMPT = 128
+
+
+@dataclass(frozen=True)
+class Run:
+    """One server of the demo: its name in the table, and the flags that differ."""
+
+    name: str
+    max_model_len: int
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def log_name(self) -> str:
+        """File name of the server's output."""
+        return f"{self.name.replace(' ', '-')}.log"
+
+    @property
+    def all_arguments(self) -> list[str]:
+        """Everything behind ``vllm serve MODEL``."""
+        return [
+            "--served-model-name=tiny",
+            "--dtype=float32",
+            "--enforce-eager",
+            "--distributed-executor-backend=uni",
+            "--max-num-seqs=16",
+            "--stream-interval=16",
+            "--max-num-batched-tokens=512",
+            f"--block-size={BLOCK_SIZE}",
+            f"--kv-cache-memory-bytes={POOL_MEBIBYTES << 20}",
+            f"--max-model-len={self.max_model_len}",
+            *self.arguments,
+        ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The defaults take about two minutes on two CPU cores."""
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write")
+    parser.add_argument("--clients", type=int, default=4, help="answers streamed at once (4)")
+    parser.add_argument("--answer-tokens", type=int, default=1600, help="per answer (1600)")
+    parser.add_argument("--budget", type=int, default=512, help="tokens kept per request (512)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve with and without compression, show both, write the picture; 0 when all is done."""
+    longest = SHORT_MAX_LEN - _LONGEST_PROMPT
+    if not (1 <= args.clients <= 16 and 1 <= args.answer_tokens <= longest):
+        raise SettingsError(
+            f"--clients is {args.clients} and --answer-tokens is {args.answer_tokens}; allowed are "
+            f"1 to 16 clients and 1 to {longest} tokens."
+        )
+    console = Console()
+    args.output.mkdir(parents=True, exist_ok=True)
+    model = write_tiny_model(args.output / "tiny-model", max_position_embeddings=LONG_MAX_LEN)
+    console.print(
+        f"A tiny random model, a KV pool of {POOL_MEBIBYTES} MiB, and {args.clients} clients that "
+        f"each stream an answer of {args.answer_tokens} tokens. Everything goes to {args.output}/.",
+        highlight=False,
+    )
+    compression = ("--kv-compression=triattention", f"--kv-compression-config.budget={args.budget}")
+    runs = [
+        Run("full attention", SHORT_MAX_LEN),
+        Run(f"budget {args.budget}", LONG_MAX_LEN, compression),
+    ]
+    with _ended_like_ctrl_c():
+        _show_refusal(console, model, args.output)
+        timelines = [_measure(console, one, model, args) for one in runs]
+    console.print()
+    console.print(comparison(timelines, [one.max_model_len for one in runs]))
+    for file in _write_results(timelines, args):
+        console.print(f"wrote {file}", highlight=False)
+    return 0
+
+
+def _show_refusal(console: Console, model: Path, output: Path) -> None:
+    """Full attention does not even start with a context that is longer than its pool."""
+    refused = Run("full attention long context", LONG_MAX_LEN)
+    _announce(console, refused)
+    try:
+        with serving(model, refused.all_arguments, output / refused.log_name) as server:
+            console.print(f"  started, although the pool is small: see {server.log_path}")
+    except TriAttentionError:
+        log = (output / refused.log_name).read_text(encoding="utf-8", errors="replace")
+        reasons = [line for line in log.splitlines() if "max seq len" in line]
+        if not reasons:
+            raise
+        reason = reasons[-1]
+        console.print(f"  refused: {reason[reason.index('To serve') :]}", highlight=False)
+
+
+def _measure(console: Console, one: Run, model: Path, args: argparse.Namespace) -> Timeline:
+    """Start one server, put it under load, stop it."""
+    _announce(console, one)
+    cache = {"TRIATTENTION_CACHE": str((args.output / "cache").resolve())}
+    log_path = args.output / one.log_name
+    with serving(model, one.all_arguments, log_path, environment=cache) as server:
+        for line in server.log().splitlines():
+            _, found, line_of_ours = line.partition("KV compression is on")
+            if found:
+                console.print(f"  {found}{line_of_ours}", highlight=False)
+        prompts = [_PROMPT.format(idx + 1) for idx in range(args.clients)]
+        with Display(console, one.name, args.clients * args.answer_tokens) as display:
+            timeline = put_under_load(server, one.name, prompts, args.answer_tokens, display.show)
+    console.print(
+        f"  {timeline.num_tokens} tokens in {timeline.seconds:.0f} s, at most "
+        f"{timeline.peak_held} of {timeline.num_blocks} blocks held, "
+        f"{timeline.num_preemptions} preemptions",
+        highlight=False,
+    )
+    return timeline
+
+
+def _announce(console: Console, one: Run) -> None:
+    flags = " ".join([f"--max-model-len={one.max_model_len}", *one.arguments])
+    console.print(f"\n[bold]{one.name}[/bold]: vllm serve tiny-model {flags}", highlight=False)
+
+
+def _write_results(timelines: Sequence[Timeline], args: argparse.Namespace) -> list[Path]:
+    """The picture and the numbers behind it."""
+    title = f"{args.clients} answers of {args.answer_tokens} tokens from one small pool"
+    numbers = args.output / "blocks.json"
+    numbers.write_text(json.dumps([asdict(t) for t in timelines], indent=1), encoding="utf-8")
+    return [*plot_blocks(timelines, args.output / "blocks", title=title), numbers]
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does, so that its server is stopped first."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,62 @@
+"""``triattention``: one subcommand per file, imported only when it is the one that runs."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from triattention_vllm import __version__
+from triattention_vllm.errors import TriAttentionError
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """module: has ``add_arguments(parser)`` and ``run(args) -> int``, the exit status."""
+
+    module: str
+    help: str
+
+
+SUBCOMMANDS = {
+    "calibrate": Subcommand("calibrate", "make or import the statistics file of a model"),
+    "demo": Subcommand("demo", "serve a tiny model with and without compression, and compare"),
+    "cpu-install": Subcommand("cpu_install", "finish an install of vLLM's CPU build"),
+}
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser of the command line; only ``chosen`` has its module imported and its
+    arguments added, so that ``cpu-install`` runs before torch and vLLM can be imported."""
+    parser = argparse.ArgumentParser(prog="triattention", description="KV compression for vLLM.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    for name, subcommand in SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=subcommand.help, description=subcommand.help.capitalize() + "."
+        )
+        if name == chosen:
+            module = importlib.import_module(f"triattention_vllm.tools.{subcommand.module}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that ``argv`` names and return its exit status.
+
+    An error of this package ends with its one sentence, not with a traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((name for name in arguments if not name.startswith("-")), None)
+    args = build_parser(chosen).parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except TriAttentionError as error:
+        print(f"triattention {chosen}: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
