@@ -52,7 +52,7 @@ def check_score(
     check_batch(batch, kv.block_size, device)
     if kv.keys.dtype not in SCORED_DTYPES:
         raise ArgumentError(
-            f"keys of dtype {kv.keys.dtype} cannot be scored; allowed are"
+            f"keys of dtype {_names((kv.keys.dtype,))} cannot be scored; allowed are"
             f" {_names(SCORED_DTYPES)}: view quantised bytes as the numbers they stand for first"
         )
     if rotary_dim < 0 or rotary_dim % 2 or rotary_dim > kv.head_dim:
@@ -111,7 +111,7 @@ def check_tensor(
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
         raise ArgumentError(f"{name} has shape {list(found)}; [{wanted}] is needed")
     if tensor.dtype not in dtypes:
-        raise ArgumentError(f"{name} is {tensor.dtype}; allowed are {_names(dtypes)}")
+        raise ArgumentError(f"{name} is {_names((tensor.dtype,))}; allowed are {_names(dtypes)}")
     if tensor.device != device:
         raise ArgumentError(f"{name} is on {tensor.device}; {device} is needed")
 

@@ -48,4 +48,3 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     chosen = torch.randint(0, len(words), (400,), generator=generator).tolist()
     path.write_text(" ".join(words[i] for i in chosen), encoding="utf-8")
     return str(path)
-

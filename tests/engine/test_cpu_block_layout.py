@@ -26,9 +26,9 @@ def test_views_read_what_vllm_packed(isa, dtype, head_dim):
         torch.cpu._init_amx()
     num_slots = NUM_BLOCKS * BLOCK_SIZE
     generator = torch.Generator().manual_seed(0)
-    keys, values = torch.randn(
-        (2, num_slots, NUM_KV_HEADS, head_dim), generator=generator
-    ).to(dtype)
+    keys, values = torch.randn((2, num_slots, NUM_KV_HEADS, head_dim), generator=generator).to(
+        dtype
+    )
     slot_mapping = torch.randperm(num_slots, generator=generator)
     blocks = torch.full((NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * head_dim), torch.nan).to(dtype)
     packed_keys, packed_values = blocks.view(NUM_BLOCKS, NUM_KV_HEADS, 2 * BLOCK_SIZE, -1).chunk(

@@ -23,7 +23,8 @@ def test_writing_through_the_views_writes_the_cache(layout, make_cache):
     cache.kv.keys.fill_(1.0)
     cache.kv.values.fill_(2.0)
     keys, values = cache.dense()
-    assert (keys == 1.0).all() and (values == 2.0).all()
+    assert (keys == 1.0).all()
+    assert (values == 2.0).all()
     assert sorted(cache.blocks.unique().tolist()) == [1.0, 2.0]
 
 
@@ -53,13 +54,15 @@ def test_stacked_layers_are_one_view_of_their_storage():
     stacked = stack_layers(layers)
     assert stacked.shape == (2, 2, 6)
     stacked[1, 1, 5] = 7.0
-    assert layers[1][1, 5] == 7.0 and storage.count_nonzero() == 1
+    assert layers[1][1, 5] == 7.0
+    assert storage.count_nonzero() == 1
 
 
 def test_one_layer_can_be_stacked():
     layer = torch.randn(2, 3)
     stacked = stack_layers([layer])
-    assert torch.equal(stacked[0], layer) and stacked.data_ptr() == layer.data_ptr()
+    assert torch.equal(stacked[0], layer)
+    assert stacked.data_ptr() == layer.data_ptr()
 
 
 def test_layers_that_are_not_equally_spaced_are_refused():

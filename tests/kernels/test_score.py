@@ -105,9 +105,7 @@ def test_scores_agree_with_complex_arithmetic(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_half_precision_keys_are_cast_before_the_arithmetic(
-    layout, dtype, make_cache, make_batch
-):
+def test_half_precision_keys_are_cast_before_the_arithmetic(layout, dtype, make_cache, make_batch):
     cache = make_cache(layout, (2, 4, 2, 16, 32), dtype)
     batch = make_batch([[3, 1]], [[2]], [0])
     query_weights, norm_weights = random_weights((1, 2, 4, 32), 32, torch.float32)

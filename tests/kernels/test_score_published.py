@@ -1,5 +1,8 @@
 """Scores of a published model's statistics, as published code computes them.
 
+The float64 column of the file uses frequencies computed in float64, the float32 column those
+that a model stores in float32.
+
 The file is not part of the repository: it lies in ``shared/data/golden`` beside it.
 """
 
@@ -8,11 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from triattention_kernels import PagedKV, score
 
 GOLDEN = Path(__file__).parents[2].parent / "shared/data/golden/score_qwen3_8b.safetensors"
 NEXT_QUERY_POSITION = 5000
 OFFSETS = [1 << exponent for exponent in range(17)]
+
+
+def fold(centre: Tensor, frequencies: Tensor) -> Tensor:
+    """Query weights [1, L, H, D] float64: the centres at the mean over future positions."""
+    positions = NEXT_QUERY_POSITION + torch.tensor(OFFSETS, dtype=torch.float64)
+    phases = positions[:, None] * frequencies
+    weights = centre * torch.polar(torch.ones_like(phases), phases).mean(dim=0)
+    return torch.cat((weights.real, weights.imag), dim=-1)[None]
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="shared/data/golden is not beside the repository")
@@ -22,19 +34,17 @@ def test_scores_equal_the_published_ones(make_batch):
     blocks = torch.cat((keys, keys), dim=-1).unflatten(2, (6, 16)).transpose(1, 2)
     kv = PagedKV.from_blocks(blocks)
     centre = torch.complex(golden["q_mean_real"].double(), golden["q_mean_imag"].double())
-    frequencies = golden["inv_freq"].double()
-    positions = NEXT_QUERY_POSITION + torch.tensor(OFFSETS, dtype=torch.float64)
-    phases = positions[:, None] * frequencies
-    weights = centre * torch.polar(torch.ones_like(phases), phases).mean(dim=0)
-    query_weights = torch.cat((weights.real, weights.imag), dim=-1)[None]
     norm_weights = golden["q_abs_mean"].double() - centre.abs()
     batch = make_batch([[0, 1, 2, 3, 4, 5]], [[0]], [0])
 
+    exact_frequencies = 1e6 ** (-torch.arange(64, dtype=torch.float64) / 64)
+    query_weights = fold(centre, exact_frequencies)
     exact = score(kv, batch, query_weights, norm_weights, False, 128)[0]
     expected = golden["scores_fp64"]
     scale = expected.abs().amax(dim=-1, keepdim=True)
     assert ((exact - expected).abs() <= 1e-6 * scale).all()
 
-    single = score(kv, batch, query_weights.float(), norm_weights.float(), False, 128)[0]
+    query_weights = fold(centre, golden["inv_freq"].double()).float()
+    single = score(kv, batch, query_weights, norm_weights.float(), False, 128)[0]
     expected = golden["scores_per_query_head"]
     assert ((single - expected).abs() <= 1e-4 * scale).all()

@@ -170,6 +170,18 @@ def test_a_rank_scores_with_the_statistics_of_its_own_heads_and_layers(
     assert rank.norm_weights.equal(whole.norm_weights[1:, 2:])
 
 
+def test_a_rank_whose_layers_have_no_rotary_embedding_scores_with_plain_means(
+    make_fingerprint: MakeFingerprint, make_statistics: MakeStatistics, make_rotary: MakeRotary
+) -> None:
+    statistics = make_statistics(make_fingerprint((3, 7), rotary_dims=(8, 0)))
+    shard = statistics.shard([7], head_start=0, num_heads=4)
+    scorer = TriAttentionScorer(shard, make_rotary((8, 0)).select_layers([1]))
+    keys = torch.randn(1, 2, 5, 8)
+    expected = torch.einsum("lhd,lhtd->lht", shard.unrotated_mean, keys.repeat_interleave(2, 1))
+    assert scorer.rotary_dim == 0
+    torch.testing.assert_close(folded_scores(scorer, 2176, keys), expected)
+
+
 @pytest.mark.parametrize(
     ("rotary_dims", "interleaved"), [((8, 8), False), ((8, 8, 8), True), ((8, 0, 8), False)]
 )

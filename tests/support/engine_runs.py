@@ -106,7 +106,7 @@ def run_engine(
             check=False,
         )
         if done.returncode != 0:
-            raise EngineFailed(done.stdout[-4000:] + done.stderr[-8000:])
+            raise EngineError(done.stdout[-4000:] + done.stderr[-8000:])
         run: EngineRun = torch.load(result_file, weights_only=False)
         return run
 
@@ -117,7 +117,7 @@ def random_prompt(length: int, seed: int) -> list[int]:
     return torch.randint(0, 256, (length,), generator=generator).tolist()
 
 
-class EngineFailed(RuntimeError):
+class EngineError(RuntimeError):
     """The engine's process ended with an error; the message is its output."""
 
 

@@ -75,7 +75,24 @@ def gpt_neox_config() -> PretrainedConfig:
     )
 
 
-CONFIGS = {"llama3": llama3_config, "gptj": gptj_config, "gpt_neox": gpt_neox_config}
+def bloom_config() -> PretrainedConfig:
+    """ALiBi: biases from token positions instead of a rotation."""
+    return transformers.BloomConfig(
+        hidden_size=128,
+        n_layer=2,
+        n_head=4,
+        vocab_size=VOCAB_SIZE,
+        bos_token_id=None,
+        eos_token_id=258,
+    )
+
+
+CONFIGS = {
+    "llama3": llama3_config,
+    "gptj": gptj_config,
+    "gpt_neox": gpt_neox_config,
+    "bloom": bloom_config,
+}
 
 
 def write_model(folder: str | Path, family: str, *, seed: int = 0) -> Path:

@@ -8,7 +8,7 @@ serves is calibrated as it runs.
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from triattention_vllm import __version__
 from triattention_vllm.engine.calibration_run import (
     StepWorker,
     longest_segment,
@@ -29,7 +30,7 @@ from triattention_vllm.engine.calibration_run import (
     split_evenly,
 )
 from triattention_vllm.engine.ranks import gather_from_all_ranks, is_first_rank
-from triattention_vllm.errors import SeamError, StatisticsError
+from triattention_vllm.errors import SeamError, StatisticsError, TriAttentionError
 from triattention_vllm.method.rope import Rotary
 from triattention_vllm.method.statistics import Fingerprint, Statistics, StatisticsAccumulator
 
@@ -76,9 +77,26 @@ def calibrate(
             run_segment(worker, segment, vllm_config, kv_cache_config)
             recorder.check_segment(len(segment))
     first_head = get_tensor_model_parallel_rank() * recorder.num_heads
-    indices = [extract_layer_index(name) for name in layer_names]
-    own = _own_statistics(recorder.accumulator, fingerprint, indices, rotary, text_name)
-    return merge_shards(fingerprint, gather_from_all_ranks((first_head, own)))
+    return merge_shards(
+        fingerprint, _shards_or_failure(recorder, fingerprint, text_name, first_head)
+    )
+
+
+def _shards_or_failure(
+    recorder: "_QueryRecorder", fingerprint: Fingerprint, text_name: str, first_head: int
+) -> list[tuple[int, Statistics]]:
+    """Every rank's first query head and statistics; one rank's failure is raised on all."""
+    own: tuple[int, Statistics] | TriAttentionError
+    if recorder.failure is None:
+        own = first_head, recorder.finish(fingerprint, text_name)
+    else:
+        own = recorder.failure
+    shards = []
+    for shard in gather_from_all_ranks(own):
+        if isinstance(shard, TriAttentionError):
+            raise shard
+        shards.append(shard)
+    return shards
 
 
 def _tokens(model_config: ModelConfig, text: str, text_name: str) -> tuple[list[int], list[int]]:
@@ -101,7 +119,11 @@ def _tokens(model_config: ModelConfig, text: str, text_name: str) -> tuple[list[
 
 
 class _QueryRecorder:
-    """Accumulates the queries of some attention layers while it is recording."""
+    """Accumulates the queries of some attention layers while it is recording.
+
+    failure: the first thing that went wrong, if anything did. It is not raised where it happens:
+    in the middle of a step the other ranks would wait for this one forever.
+    """
 
     def __init__(
         self, layers: Mapping[str, Attention], layer_names: Sequence[str], rotary: Rotary
@@ -110,9 +132,12 @@ class _QueryRecorder:
         self._rows = {name: row for row, name in enumerate(layer_names)}
         self._rotary = rotary
         self._num_seen = dict.fromkeys(layer_names, 0)
+        self.failure: TriAttentionError | None = None
         some = self._layers[layer_names[0]]
         self.num_heads: int = some.num_heads
-        self.accumulator = StatisticsAccumulator(self.num_heads, some.head_size, rotary.rotary_dims)
+        self._accumulator = StatisticsAccumulator(
+            self.num_heads, some.head_size, rotary.rotary_dims
+        )
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -130,10 +155,10 @@ class _QueryRecorder:
         self._num_seen = dict.fromkeys(self._num_seen, 0)
 
     def check_segment(self, num_tokens: int) -> None:
-        """Raise SeamError unless every layer has shown all queries of the segment, once."""
+        """Note a failure unless every layer has shown all queries of the segment, once."""
         wrong = {name: seen for name, seen in self._num_seen.items() if seen != num_tokens}
-        if wrong:
-            raise SeamError(
+        if wrong and self.failure is None:
+            self.failure = SeamError(
                 f"{num_tokens} tokens were run and attention layers showed other numbers of "
                 f"queries: {wrong}. If cudagraph_mode is FULL, start once without it or give a "
                 "statistics file with the setting `statistics`; otherwise this vLLM version is "
@@ -146,40 +171,26 @@ class _QueryRecorder:
         for chunk in torch.split(query, _CHUNK):
             positions = torch.arange(start, start + len(chunk), device=query.device)
             pairs, unrotated = self._rotary.un_rotate(chunk, positions, row)
-            self.accumulator.add(row, pairs, unrotated)
+            try:
+                self._accumulator.add(row, pairs, unrotated)
+            except StatisticsError as error:
+                self.failure = self.failure or error
             start += len(chunk)
         self._num_seen[layer_name] = start
 
-
-def _own_statistics(
-    accumulator: StatisticsAccumulator,
-    whole: Fingerprint,
-    indices: Sequence[int],
-    rotary: Rotary,
-    text_name: str,
-) -> Statistics:
-    """This rank's layers and heads, ascending by layer."""
-    if list(indices) != sorted(indices):
-        raise SeamError(
-            f"vLLM lists attention layers in the order {list(indices)}; an ascending order was "
-            "expected, this version is not supported"
+    def finish(self, whole: Fingerprint, text_name: str) -> Statistics:
+        """This rank's layers and heads; ``whole`` is the fingerprint of the whole model."""
+        own = replace(
+            whole,
+            layer_indices=tuple(extract_layer_index(name) for name in self._layers),
+            num_heads=self.num_heads,
+            num_kv_heads=None,
+            rotary_dims=self._rotary.rotary_dims,
         )
-    own = Fingerprint(
-        architecture=whole.architecture,
-        layer_indices=tuple(indices),
-        num_heads=accumulator.num_heads,
-        num_kv_heads=None,
-        head_dim=whole.head_dim,
-        rotary_dims=rotary.rotary_dims,
-        interleaved=whole.interleaved,
-        inv_freq_hash=whole.inv_freq_hash,
-        weights_hash=whole.weights_hash,
-    )
-    versions = (
-        f"triattention-vllm {version('triattention-vllm')}, vllm {vllm.__version__}, "
-        f"torch {torch.__version__}"
-    )
-    return accumulator.finish(own, text_name, versions)
+        versions = (
+            f"triattention-vllm {__version__}, vllm {vllm.__version__}, torch {torch.__version__}"
+        )
+        return self._accumulator.finish(own, text_name, versions)
 
 
 def merge_shards(fingerprint: Fingerprint, shards: Sequence[tuple[int, Statistics]]) -> Statistics:

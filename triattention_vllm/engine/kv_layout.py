@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from triattention_kernels import PagedKV, stack_layers
+from triattention_kernels.paged import CpuLayout
 from vllm.model_executor.layers.attention import Attention
 
 from triattention_vllm.errors import UnsupportedError
 
-CPU_LAYOUTS = {"vec": "vec", "vec16": "vec", "amx": "amx"}
+CPU_LAYOUTS: dict[str, CpuLayout] = {"vec": "vec", "vec16": "vec16", "amx": "amx"}
 """Packing inside a block by the instruction set that vLLM's CPU backend chose."""
 
 

@@ -71,11 +71,11 @@ def rotary_conditions(cls: type) -> list[str]:
                 continue
             seen.add(name)
             tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(member))))
-            found += _conditions_in(tree)
+            found += conditions_in(tree)
     return sorted(set(found))
 
 
-def _conditions_in(node: ast.AST) -> Iterator[str]:
+def conditions_in(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.If):
         taken, other = (any(map(_rotates, branch)) for branch in (node.body, node.orelse))
         if taken and not other:
@@ -83,7 +83,7 @@ def _conditions_in(node: ast.AST) -> Iterator[str]:
         if other and not taken:
             yield f"not ({ast.unparse(node.test)})"
     for child in ast.iter_child_nodes(node):
-        yield from _conditions_in(child)
+        yield from conditions_in(child)
 
 
 def _rotates(node: ast.AST) -> bool:

@@ -1,10 +1,11 @@
 """A worker's part in a round: which layers a group has, their scorer, and its plans."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
-from triattention_kernels import PagedKV, RoundBatch
 from torch import nn
+from triattention_kernels import PagedKV, RoundBatch
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -65,8 +66,8 @@ def group_rounds(
     head_start: index of this rank's first query head in the whole model, so that a rank of
     tensor parallelism scores with the statistics of its own heads.
     """
-    layers = [forward_context[name] for name in layer_names]
-    assert all(isinstance(layer, Attention) for layer in layers)
+    layers = [cast(Attention, forward_context[name]) for name in layer_names]
     num_heads = layers[0].num_heads
+    device = layers[0].kv_cache.device
     shard = statistics.shard(decoder_layer_indices(layer_names), head_start, num_heads)
-    return GroupRounds(layers, TriAttentionScorer(shard, rotary), settings)
+    return GroupRounds(layers, TriAttentionScorer(shard, rotary, device), settings)

@@ -22,11 +22,9 @@ def write_row_v1(runner: GPUModelRunner, plan: RoundPlan) -> None:
 
 
 def write_row_v2(block_tables: BlockTables, req_idx: int, plan: RoundPlan) -> None:
-    """Model runner V2: a staged write, applied at once.
+    """Model runner V2: a staged write, which vLLM applies with the step's own appends.
 
-    vLLM's staging buffers hold one write per request and step, and its own appends of this
-    step still have to fit.
+    Applying it here would turn vLLM's ring of upload buffers twice in one step, while the
+    previous step may still read the older one.
     """
-    table = block_tables.block_tables[plan.group_id]
-    table.stage_write(req_idx, plan.row_start, plan.row_blocks)
-    table.apply_write()
+    block_tables.block_tables[plan.group_id].stage_write(req_idx, plan.row_start, plan.row_blocks)

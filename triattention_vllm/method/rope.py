@@ -105,11 +105,12 @@ class Rotary:
         return self.inv_freq.shape[1]
 
     def select_layers(self, rows: Sequence[int]) -> "Rotary":
-        """The parameters of some layers, by their row here."""
+        """The parameters of some layers, by their row here; F is 0 where all are NoPE layers."""
+        rotary_dims = tuple(self.rotary_dims[row] for row in rows)
         return Rotary(
-            inv_freq=self.inv_freq[list(rows)],
+            inv_freq=self.inv_freq[list(rows), : max(rotary_dims) // 2],
             attention_factor=self.attention_factor[list(rows)],
-            rotary_dims=tuple(self.rotary_dims[row] for row in rows),
+            rotary_dims=rotary_dims,
             interleaved=self.interleaved,
         )
 

@@ -52,7 +52,7 @@ def plot_blocks(timelines: Sequence[Timeline], path: Path, *, title: str) -> lis
     above.set_ylim(0, wall * 1.15)
     above.set_xlim(left=0)
     above.set_title(title, loc="left")
-    above.legend(loc="lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     below.set_ylabel("requests running")
     below.set_ylim(0, max(timeline.num_clients for timeline in timelines) + 0.5)
     below.set_xlabel("seconds since the clients asked")

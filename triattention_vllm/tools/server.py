@@ -117,12 +117,13 @@ class Server:
                 self.process.wait(_SECONDS_TO_STOP)
             except subprocess.TimeoutExpired:
                 self._kill_group()
+                self.process.wait()
         deadline = time.monotonic() + _SECONDS_TO_STOP
         while self.has_processes() and time.monotonic() < deadline:
             time.sleep(0.1)
         if self.has_processes():
             self._kill_group()
-        return self.process.wait()
+        return self.process.returncode
 
     def has_processes(self) -> bool:
         """Whether any process of the server's group is left."""

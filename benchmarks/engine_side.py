@@ -1,0 +1,133 @@
+"""One vLLM engine of the benchmark, in a process of its own that answers JSON lines.
+
+``engine.py`` starts two of these, with and without compression, and lets them work in turns.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+
+class Side:
+    """An engine, and the requests that are decoding in it."""
+
+    def __init__(self, model: str, arguments: dict[str, Any], settings: dict[str, Any] | None):
+        from vllm import LLM
+
+        # An AMX machine may end in an illegal instruction if its first batch is one bf16 token.
+        if torch.cpu._is_amx_tile_supported():
+            torch.cpu._init_amx()
+        if settings is not None:
+            arguments = arguments | {"additional_config": {"kv_compression": settings}}
+        self.engine = LLM(model, **arguments).llm_engine
+        core = self.engine.engine_core.engine_core
+        self.pool = core.scheduler.kv_cache_manager.block_pool
+        self.block_size = core.scheduler.block_size
+        self.request_ids: list[str] = []
+        self.generated: dict[str, int] = {}
+        self.round_seconds: list[float] = []
+        if settings is not None:
+            for rounds in core.model_executor.driver_worker.worker.rounds.values():
+                self._time_rounds(rounds)
+
+    def _time_rounds(self, rounds: Any) -> None:
+        """Note how long each round takes on the worker: score, select and compact."""
+        original = rounds.run
+
+        def run(plan: Any) -> Any:
+            start = time.perf_counter()
+            result = original(plan)
+            self.round_seconds.append(time.perf_counter() - start)
+            return result
+
+        rounds.run = run
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that requests hold; block 0 is vLLM's null block."""
+        return self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
+
+    def describe(self) -> dict[str, Any]:
+        """The pool, and the versions that ran."""
+        import vllm
+
+        return {
+            "pool_blocks": self.pool.num_gpu_blocks - 1,
+            "block_size": self.block_size,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+    def prefill(self, context: int, num_requests: int, answer_tokens: int) -> dict[str, Any]:
+        """Add requests of ``context`` random tokens and step until each has its first token."""
+        from vllm import SamplingParams
+
+        assert not self.engine.has_unfinished_requests()
+        params = SamplingParams(
+            max_tokens=answer_tokens, temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        generator = torch.Generator().manual_seed(context * 100 + num_requests)
+        start = time.perf_counter()
+        self.request_ids = []
+        for request_idx in range(num_requests):
+            prompt = torch.randint(0, 256, (context,), generator=generator).tolist()
+            request_id = f"{context}-{num_requests}-{request_idx}-{start}"
+            self.request_ids.append(
+                self.engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+            )
+        self.generated = {}
+        most_held = 0
+        while len(self.generated) < num_requests:
+            self._step()
+            most_held = max(most_held, self.num_held)
+        return {"seconds": time.perf_counter() - start, "most_blocks_held": most_held}
+
+    def decode(self, num_steps: int) -> dict[str, Any]:
+        """Steps of one token per request. seconds, held: per step. rounds: seconds of every round
+        of every step, a list per step."""
+        seconds, held, rounds = [], [], []
+        for _ in range(num_steps):
+            self.round_seconds = []
+            start = time.perf_counter()
+            self._step()
+            seconds.append(time.perf_counter() - start)
+            held.append(self.num_held)
+            rounds.append(self.round_seconds)
+        assert len(self.generated) == len(self.request_ids)
+        return {"seconds": seconds, "held": held, "rounds": rounds}
+
+    def finish(self) -> dict[str, Any]:
+        """End all requests; the pool must be empty again."""
+        self.engine.abort_request(self.request_ids)
+        while self.engine.has_unfinished_requests():
+            self._step()
+        return {"held": self.num_held}
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            self.generated[output.request_id] = len(output.outputs[0].token_ids)
+
+
+def main() -> None:
+    """Read ``{"call": name, ...arguments}`` lines, answer each with one JSON line."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM prints must not mix with the answers
+    side = Side(**json.loads(sys.stdin.readline()))
+    calls = {
+        "prefill": side.prefill,
+        "decode": side.decode,
+        "finish": side.finish,
+    }
+    answers.write(json.dumps(side.describe()) + "\n")
+    for line in sys.stdin:
+        request = json.loads(line)
+        answers.write(json.dumps(calls[request.pop("call")](**request)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Everything that cannot run with compression is named at start, with what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_runs import EngineError, ModelFolder, random_prompt, run_engine
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from triattention_vllm.config import Settings
+from triattention_vllm.engine.refusals import refuse_unsupported, refuse_unsupported_layers
+from triattention_vllm.errors import UnsupportedError
+
+
+@pytest.fixture
+def config(model_folder: ModelFolder) -> VllmConfig:
+    """A configuration that may be compressed, to be spoilt in one respect."""
+    return EngineArgs(str(model_folder("qwen3")), max_model_len=2048).create_engine_config()
+
+
+class Changed:
+    """A configuration with some attributes replaced, for what vLLM itself would not build here."""
+
+    def __init__(self, original: Any, **changes: Any) -> None:
+        self._original = original
+        vars(self).update(changes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def with_model(**changes: Any) -> Callable[[VllmConfig], Any]:
+    return lambda config: Changed(config, model_config=Changed(config.model_config, **changes))
+
+
+def with_parallel(**changes: Any) -> Callable[[VllmConfig], Any]:
+    return lambda config: Changed(
+        config, parallel_config=Changed(config.parallel_config, **changes)
+    )
+
+
+def with_cache(**changes: Any) -> Callable[[VllmConfig], Any]:
+    return lambda config: Changed(config, cache_config=Changed(config.cache_config, **changes))
+
+
+REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
+    "MLA": (with_model(use_mla=True), "multi-head latent attention"),
+    "encoder-decoder": (with_model(is_encoder_decoder=True), "cross-attention"),
+    "pooling": (with_model(runner_type="pooling"), "only generation"),
+    "prefix LM": (with_model(is_mm_prefix_lm=True), "both directions"),
+    "decode context parallel": (
+        with_parallel(decode_context_parallel_size=2),
+        "context parallelism",
+    ),
+    "prefill context parallel": (
+        with_parallel(prefill_context_parallel_size=2),
+        "context parallelism",
+    ),
+    "KV connector": (
+        lambda config: Changed(config, kv_transfer_config=KVTransferConfig()),
+        "KV connector",
+    ),
+    "speculative decoding": (
+        lambda config: Changed(config, speculative_config=object()),
+        "speculative decoding",
+    ),
+    "fp8 KV": (with_cache(cache_dtype="fp8"), "'fp8' cannot be scored yet"),
+    "TurboQuant KV": (with_cache(cache_dtype="turboquant_4bit_nc"), "turboquant_4bit_nc"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_compressed_is_refused_with_its_reason(
+    case: str, config: VllmConfig
+) -> None:
+    spoil, reason = REFUSED[case]
+    refuse_unsupported(config, Settings())
+    with pytest.raises(UnsupportedError, match=reason) as caught:
+        refuse_unsupported(spoil(config), Settings())
+    assert "start without --kv-compression" in str(caught.value)
+
+
+def test_union_over_ranks_that_hold_different_heads_is_refused(config: VllmConfig) -> None:
+    two_ranks = with_parallel(tensor_parallel_size=2)(config)
+    refuse_unsupported(two_ranks, Settings(selection="per_head"))
+    with pytest.raises(UnsupportedError, match="union"):
+        refuse_unsupported(two_ranks, Settings(selection="union"))
+
+
+def test_all_reasons_are_given_at_once(config: VllmConfig) -> None:
+    spoilt = with_cache(cache_dtype="fp8")(with_model(use_mla=True)(config))
+    with pytest.raises(UnsupportedError, match=r"latent attention.*; KV dtype 'fp8'"):
+        refuse_unsupported(spoilt, Settings())
+
+
+def test_a_model_without_full_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="this model has none"):
+        refuse_unsupported_layers({})
+
+
+def test_an_alibi_model_is_refused_before_it_serves(model_folder: ModelFolder) -> None:
+    with pytest.raises(EngineError, match="ALiBi computes biases from token positions"):
+        run_engine(model_folder("bloom"), [random_prompt(4, 0)], 2, {}, max_model_len=2500)
+
+
+def test_a_missing_statistics_file_is_refused_before_it_serves(model_folder: ModelFolder) -> None:
+    """Regression: a missing file was discovered at the first round and killed the server."""
+    settings = {"budget": 512, "statistics": "/nowhere/statistics.safetensors"}
+    with pytest.raises(EngineError, match="/nowhere/statistics.safetensors"):
+        run_engine(model_folder("qwen3"), [random_prompt(4, 0)], 2, settings, max_model_len=2048)

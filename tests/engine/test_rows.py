@@ -1,0 +1,90 @@
+"""A round's new row reaches the runner through the runner's own mechanism."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.worker.block_table import MultiGroupBlockTable
+
+from triattention_vllm.engine.kv_manager import RoundPlan
+from triattention_vllm.engine.rows import write_row_v1
+
+
+@pytest.fixture
+def plan() -> RoundPlan:
+    return RoundPlan(
+        request_id="planned",
+        group_id=0,
+        nominal_boundary=20,
+        source_blocks=(12, 13, 14),
+        first_candidate=0,
+        destination_blocks=(31,),
+        row_start=0,
+        row_blocks=(0, 0, 11, 31),
+    )
+
+
+def runner_with(rows: dict[str, list[int]], in_batch: list[str]) -> Any:
+    """What ``write_row_v1`` uses of the V1 runner, around vLLM's own block tables."""
+    tables = MultiGroupBlockTable(
+        max_num_reqs=4,
+        max_num_batched_tokens=8,
+        pin_memory=False,
+        device=torch.device("cpu"),
+        block_sizes=[4],
+        max_num_blocks=[8],
+    )
+    for i, request_id in enumerate(in_batch):
+        tables.add_row((rows[request_id],), i)
+    return SimpleNamespace(
+        requests={key: SimpleNamespace(block_ids=(list(row),)) for key, row in rows.items()},
+        input_batch=SimpleNamespace(
+            req_id_to_index={key: i for i, key in enumerate(in_batch)}, block_table=tables
+        ),
+    )
+
+
+def test_runner_v1_gets_the_row_in_its_state_and_in_its_batch(plan: RoundPlan) -> None:
+    """Regression: row indices were computed before the batch was reordered."""
+    rows = {"other": [21, 22], "planned": [11, 12, 13, 14, 15]}
+    runner = runner_with(rows, ["other", "planned"])
+    runner.input_batch.block_table.swap_row(0, 1)
+    runner.input_batch.req_id_to_index = {"planned": 0, "other": 1}
+    write_row_v1(runner, plan)
+    assert runner.requests["planned"].block_ids[0] == [0, 0, 11, 31, 15]
+    assert runner.requests["other"].block_ids[0] == [21, 22]
+    table = runner.input_batch.block_table[0].block_table.np
+    assert np.array_equal(table[:2, :5], [[0, 0, 11, 31, 15], [21, 22, 0, 0, 0]])
+
+
+def test_runner_v1_keeps_the_row_of_a_request_that_is_out_of_the_batch(plan: RoundPlan) -> None:
+    rows = {"other": [21, 22], "planned": [11, 12, 13, 14, 15]}
+    runner = runner_with(rows, ["other"])
+    write_row_v1(runner, plan)
+    assert runner.requests["planned"].block_ids[0] == [0, 0, 11, 31, 15]
+    assert runner.input_batch.block_table[0].block_table.np[0, :2].tolist() == [21, 22]
+
+
+def test_runner_v2_applies_the_row_with_the_steps_own_appends() -> None:
+    script = Path(__file__).with_name("rows_v2_script.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["num_blocks"] == [0, 6, 2]
+    assert result["rows"][0][:2] == [21, 22]
+    assert result["rows"][1][:6] == [0, 0, 11, 31, 15, 16]
