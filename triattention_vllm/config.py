@@ -180,6 +180,10 @@ class Settings:
                 f"budget {self.budget} is above max_model_len {max_model_len}, so nothing would "
                 f"ever be evicted; set it below {max_model_len} or raise --max-model-len."
             )
+        self.check_block_size(block_size)
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raise SettingsError where rounds in blocks of ``block_size`` leave no candidate."""
         policy = self.policy(block_size)
         if policy.min_survivors() <= 0:
             raise SettingsError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -135,6 +136,9 @@ class RoundBatch:
         that would synchronise with the device), and free to be source blocks as well.
     num_source_blocks, num_destination_blocks: blocks of each request, 1 <= M <= S.
     first_candidate: protected tokens at the start of each region, below the block size.
+    moves_forward: the caller's promise, from the block ids that it knows on the host, that
+        destination block j of a request is its own source block j or a block that no request of
+        the batch reads (``forward.moves_forward``). ``compact`` then needs no scratch memory.
     """
 
     source_blocks: Tensor
@@ -142,11 +146,22 @@ class RoundBatch:
     num_source_blocks: tuple[int, ...]
     num_destination_blocks: tuple[int, ...]
     first_candidate: tuple[int, ...]
+    moves_forward: bool = False
 
     @property
     def num_requests(self) -> int:
         """R."""
         return len(self.num_source_blocks)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """(source blocks, destination blocks, first candidate) of each request, [R, 3] int32 on
+        the device of the block ids; copied there once, without waiting for it.
+        """
+        device = self.source_blocks.device
+        columns = (self.num_source_blocks, self.num_destination_blocks, self.first_candidate)
+        rows = torch.tensor(columns, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return rows.to(device, non_blocking=True).T.contiguous()
 
 
 def stack_layers(tensors: Sequence[Tensor]) -> Tensor:

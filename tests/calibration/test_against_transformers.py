@@ -132,5 +132,5 @@ def test_calibration_equals_transformers_in_float64(
     assert 0.3 < float(made.concentration().mean()) < 1.0
 
 
-def test_every_family_of_the_reference_is_calibrated() -> None:
-    assert set(QUERY_MODULES) == {"qwen3", *CONFIGS}
+def test_every_rotating_family_of_the_support_models_is_calibrated() -> None:
+    assert set(QUERY_MODULES) == {"qwen3", *CONFIGS} - {"bloom"}, "bloom has no rotary embedding"

@@ -61,6 +61,11 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
         lambda config: Changed(config, kv_transfer_config=KVTransferConfig()),
         "KV connector",
     ),
+    "micro-batching": (with_parallel(use_ubatching=True), "micro-batching"),
+    "model runner V2": (
+        lambda config: Changed(config, use_v2_model_runner=True),
+        "VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
     "speculative decoding": (
         lambda config: Changed(config, speculative_config=object()),
         "speculative decoding",
@@ -82,7 +87,7 @@ def test_what_cannot_be_compressed_is_refused_with_its_reason(
 
 
 def test_union_over_ranks_that_hold_different_heads_is_refused(config: VllmConfig) -> None:
-    two_ranks = with_parallel(tensor_parallel_size=2)(config)
+    two_ranks = with_parallel(world_size=2)(config)
     refuse_unsupported(two_ranks, Settings(selection="per_head"))
     with pytest.raises(UnsupportedError, match="union"):
         refuse_unsupported(two_ranks, Settings(selection="union"))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from pool_world import PoolWorld
+from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -20,6 +22,7 @@ from triattention_vllm.config import Settings
 from triattention_vllm.engine.attention import CompressedCPUMetadataBuilder
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
 from triattention_vllm.engine.spec import CompressedAttentionSpec, compressed_specs
+from triattention_vllm.errors import SettingsError, UnsupportedError
 
 SETTINGS = Settings(budget=1024)
 
@@ -52,15 +55,30 @@ def test_sliding_window_layers_keep_vllms_own_spec_and_manager() -> None:
     specs: dict[str, KVCacheSpec] = {
         "full": full_attention(),
         "window": sliding_window(),
-        "windowed full": full_attention(sliding_window=128),
-        "chunked": full_attention(attention_chunk_size=128),
-        "prefix LM": full_attention(non_causal=True),
     }
     ours = compressed_specs(specs, SETTINGS, 512)
     assert type(ours["full"]) is CompressedAttentionSpec
     assert KVCacheSpecRegistry.get_manager_class(ours["full"]) is CompressedKVCacheManager
     assert KVCacheSpecRegistry.get_manager_class(ours["window"]) is SlidingWindowManager
     assert {name for name in specs if ours[name] is specs[name]} == set(specs) - {"full"}
+
+    assert not is_kv_cache_spec_uniform(dict(ours))
+    assert not is_kv_cache_spec_uniform(dict(reversed(ours.items())))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"sliding_window": 128}, {"attention_chunk_size": 128}, {"non_causal": True}],
+)
+def test_windowed_layers_that_would_share_a_group_are_refused(other: dict[str, Any]) -> None:
+    specs: dict[str, KVCacheSpec] = {"full": full_attention(), "other": full_attention(**other)}
+    with pytest.raises(UnsupportedError, match="'other'.*see a window"):
+        compressed_specs(specs, SETTINGS, 512)
+
+
+def test_a_block_size_that_leaves_no_candidate_is_refused_before_serving() -> None:
+    with pytest.raises(SettingsError, match="in blocks of 1056"):
+        PoolWorld(Settings(), 1056, 20)
 
 
 def test_rows_of_a_sliding_window_group_are_not_shifted(monkeypatch: pytest.MonkeyPatch) -> None:

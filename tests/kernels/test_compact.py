@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triattention_kernels import PagedKV, RoundBatch, compact
+from triattention_kernels import PagedKV, RoundBatch, compact, compact_torch
 
 LAYOUTS = ("head_major", "token_major", "vec", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -109,6 +109,30 @@ def test_other_blocks_and_poison_keep_every_bit(layout, make_cache, make_batch):
     compact(cache.kv, batch, random_kept(batch, 2, 2, 16))
     assert torch.equal(bits(cache.blocks[:, others]), before)
     assert cache.blocks[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_the_number_of_layers_moved_at_a_time_does_not_matter(
+    num_layers, make_cache, make_batch, monkeypatch
+):
+    monkeypatch.setattr(compact_torch, "TILE_ELEMENTS", num_layers * 2 * 2 * 2 * 32 * 16)
+    cache = make_cache("vec", (4, 8, 2, 16, 16))
+    assert_moves(cache, make_batch, [[1, 2, 3], [4, 5]], [[7, 4], [5]])
+
+
+@pytest.mark.parametrize("offset", range(5))
+def test_a_cache_may_start_anywhere_in_its_storage(offset, make_batch):
+    """Neighbouring elements are moved together only where alignment allows."""
+    storage = torch.arange(offset + 4 * 2 * 8, dtype=torch.int16)
+    blocks = storage[offset:].view(1, 4, 1, 2, 8)
+    expected = blocks.clone()
+    expected[0, 3] = expected[0, [1, 2], :, [1, 0]].transpose(0, 1)
+    compact(
+        PagedKV.from_blocks(blocks),
+        make_batch([[1, 2]], [[3]], [0]),
+        torch.tensor([1, 2]).view(1, 1, 1, 2),
+    )
+    assert torch.equal(blocks, expected)
 
 
 def test_payloads_of_nan_survive(make_batch):

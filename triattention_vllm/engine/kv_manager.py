@@ -4,6 +4,7 @@ A request's row of blocks keeps its logical length. A round puts null blocks at 
 frees as many real ones and notes a plan; the workers carry it out before the same step runs.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -13,6 +14,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from triattention_vllm.errors import RoundError
+from triattention_vllm.log import log_once
 from triattention_vllm.method.policy import Round
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class CompressedKVCacheManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: "CompressedAttentionSpec", **kwargs: object) -> None:
         kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks_per_request()
         super().__init__(kv_cache_spec, **kwargs)
+        # vLLM may have enlarged the block size since the settings were checked.
+        kv_cache_spec.settings.check_block_size(self.block_size)
         self.policy = kv_cache_spec.policy
         self.num_null_blocks: dict[str, int] = {}
         self.pending_plans: dict[str, RoundPlan] = {}
@@ -103,6 +107,12 @@ class CompressedKVCacheManager(FullAttentionManager):
         num_released = sum(block.ref_cnt == 1 for block in released)
         if num_private > self.block_pool.get_num_free_blocks() + num_released:
             self.num_deferred_rounds += 1
+            log_once(
+                logging.WARNING,
+                "KV compression: a round waits because its blocks are shared and the pool has "
+                "no free ones; until one is free its request holds more than its budget. "
+                "This is logged once.",
+            )
             return
         # Released first: the workers read every source before anything is written.
         self.block_pool.free_blocks(reversed(released))
@@ -153,8 +163,3 @@ class CompressedKVCacheManager(FullAttentionManager):
         self.pending_plans.pop(request_id, None)
         num_null = self.num_null_blocks.pop(request_id, 0)
         return cast(list[KVCacheBlock], super().pop_blocks_for_free(request_id)[num_null:])
-
-    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
-        """No cascade attention: the null block's reference count says nothing."""
-        del running_request_id
-        return 0

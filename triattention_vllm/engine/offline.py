@@ -32,7 +32,7 @@ def calibrate_model(
         if len(files) != 1:
             raise SeamError(
                 f"the engine left {len(files)} statistics files where one was expected: is the "
-                "plugin `triattention` among the vllm.general_plugins of this environment, and "
+                "plugin `triattention_vllm` among vllm.general_plugins of this environment, and "
                 "VLLM_PLUGINS unset or naming it?"
             )
         return Statistics.load(files[0])
@@ -53,6 +53,7 @@ def _settings(calibration_text: str | None = None, statistics: str | None = None
 def _start(model: str, settings: Settings, engine_arguments: Mapping[str, object]) -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    # Imported here, because vLLM sets up its logging from these variables when it is imported.
     from vllm import LLM
 
     if "additional_config" in engine_arguments:

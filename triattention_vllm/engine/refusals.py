@@ -63,11 +63,15 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield "a KV connector loads and saves blocks by token position; unset kv_transfer_config"
     if vllm_config.speculative_config is not None:
         yield "speculative decoding has not been verified with compression; unset its config"
+    if parallel.use_ubatching:
+        yield "micro-batching (DBO) splits a step that calibration reads in order; turn it off"
+    if vllm_config.use_v2_model_runner:
+        yield "model runner V2 has not been verified; set VLLM_USE_V2_MODEL_RUNNER=0"
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in UNQUANTISED_KV_DTYPES:
         yield f"KV dtype {cache_dtype!r} cannot be scored yet; allowed: {UNQUANTISED_KV_DTYPES}"
-    if settings.selection == "union" and parallel.tensor_parallel_size > 1:
-        yield "selection 'union' needs all heads on one rank; use per_head or tensor parallel 1"
+    if settings.selection == "union" and parallel.world_size > 1:
+        yield "selection 'union' needs all heads and layers on one rank; use per_head"
 
 
 def _layer_refusals(layer: nn.Module) -> Iterator[str]:

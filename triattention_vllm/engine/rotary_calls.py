@@ -76,6 +76,7 @@ def rotary_conditions(cls: type) -> list[str]:
 
 
 def conditions_in(node: ast.AST) -> Iterator[str]:
+    """The same for a part of the source."""
     if isinstance(node, ast.If):
         taken, other = (any(map(_rotates, branch)) for branch in (node.body, node.orelse))
         if taken and not other:

@@ -1,6 +1,6 @@
 """A worker's part in a round: which layers a group has, their scorer, and its plans."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from triattention_kernels import PagedKV, RoundBatch
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_layout import paged_kv
@@ -23,11 +24,11 @@ class GroupRounds:
 
     def __init__(
         self,
-        layers: Sequence[Attention],
+        kv: PagedKV,
         scorer: TriAttentionScorer,
         settings: Settings,
     ) -> None:
-        self.kv: PagedKV = paged_kv(layers)
+        self.kv = kv
         self.scorer = scorer
         self.selection = settings.selection
 
@@ -48,26 +49,22 @@ class GroupRounds:
         return run_rounds(self.kv, batch, (plan.nominal_boundary,), self.scorer, self.selection)[0]
 
 
-def decoder_layer_indices(layer_names: Sequence[str]) -> tuple[int, ...]:
-    """Decoder layer index of each attention layer, from vLLM's own reading of its name."""
-    return tuple(extract_layer_index(name) for name in layer_names)
-
-
 def group_rounds(
-    layer_names: Sequence[str],
+    group: KVCacheGroupSpec,
     forward_context: Mapping[str, nn.Module],
     statistics: Statistics,
     rotary: Rotary,
     head_start: int,
     settings: Settings,
 ) -> GroupRounds:
-    """The rounds of a group whose layers are ``layer_names``, for this rank's query heads.
+    """The rounds of a group's layers, for this rank's query heads.
 
     head_start: index of this rank's first query head in the whole model, so that a rank of
     tensor parallelism scores with the statistics of its own heads.
     """
-    layers = [cast(Attention, forward_context[name]) for name in layer_names]
+    layers = [cast(Attention, forward_context[name]) for name in group.layer_names]
     num_heads = layers[0].num_heads
-    device = layers[0].kv_cache.device
-    shard = statistics.shard(decoder_layer_indices(layer_names), head_start, num_heads)
-    return GroupRounds(layers, TriAttentionScorer(shard, rotary, device), settings)
+    kv = paged_kv(layers, group.kv_cache_spec.block_size)
+    indices = tuple(extract_layer_index(name) for name in group.layer_names)
+    shard = statistics.shard(indices, head_start, num_heads)
+    return GroupRounds(kv, TriAttentionScorer(shard, rotary, kv.keys.device), settings)

@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
+from triattention_vllm.errors import UnsupportedError
 from triattention_vllm.method.policy import Policy
 
 
@@ -51,11 +52,16 @@ class CompressedAttentionSpec(FullAttentionSpec):
     def merge(cls, specs: list[Self]) -> Self:
         """One spec for a group of layers; all of them must be compressed the same way."""
         first = specs[0]
-        for spec in specs:
-            assert (spec.settings, spec.max_in_flight_tokens) == (
-                first.settings,
-                first.max_in_flight_tokens,
-            ), "all layers of one KV cache group must be compressed with the same settings"
+        # vLLM asks whether layers fit into one group by merging them, and reads AssertionError
+        # as "no".
+        assert all(type(spec) is cls for spec in specs), (
+            "layers that are compressed and layers that are not cannot share a KV cache group"
+        )
+        assert all(
+            (spec.settings, spec.max_in_flight_tokens)
+            == (first.settings, first.max_in_flight_tokens)
+            for spec in specs
+        ), "all layers of one KV cache group must be compressed with the same settings"
         base = FullAttentionSpec.merge([FullAttentionSpec(**_base_fields(spec)) for spec in specs])
         return cls.from_full_attention(base, first.settings, first.max_in_flight_tokens)
 
@@ -68,7 +74,22 @@ def _base_fields(spec: CompressedAttentionSpec) -> dict[str, object]:
 def compressed_specs(
     specs: dict[str, KVCacheSpec], settings: Settings, max_in_flight_tokens: int
 ) -> dict[str, KVCacheSpec]:
-    """Replace every plain full-attention spec by ours; all other layers stay as they are."""
+    """Replace every plain full-attention spec by ours; all other layers stay as they are.
+
+    Raises UnsupportedError where windowed layers were given full-attention specs (the hybrid
+    KV cache manager is off): vLLM would put them into one group with the others.
+    """
+    windowed = [
+        name
+        for name, spec in specs.items()
+        if type(spec) is FullAttentionSpec and not _is_plain(spec)
+    ]
+    if windowed and len(windowed) < len(specs):
+        raise UnsupportedError(
+            f"layers {windowed} see a window but are cached as full attention, so they would "
+            "share blocks with compressed layers; leave --disable-hybrid-kv-cache-manager out, "
+            "or start without --kv-compression"
+        )
     return {
         name: CompressedAttentionSpec.from_full_attention(spec, settings, max_in_flight_tokens)
         if type(spec) is FullAttentionSpec and _is_plain(spec)

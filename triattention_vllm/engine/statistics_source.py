@@ -103,7 +103,7 @@ def find_statistics(settings: Settings, fingerprint: Fingerprint) -> tuple[Stati
         return statistics, str(path)
     _, name = calibration_text(settings)
     kept = cache_folder.load_or_none(fingerprint)
-    if kept is None or kept.provenance["text"] != name:
+    if kept is None or kept.provenance.get("text") != name:
         cache_folder.check_writable()
         return None
     return kept, str(cache_folder.cached_file(fingerprint))

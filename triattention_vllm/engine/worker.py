@@ -65,10 +65,12 @@ class CompressionCPUWorker(CPUWorker):
         for group_id, group in enumerate(self.kv_cache_config.kv_cache_groups):
             if not isinstance(group.kv_cache_spec, CompressedAttentionSpec):
                 continue
+            if not group.layer_names:
+                continue  # this pipeline stage has no layer of the group
             layers = self.vllm_config.compilation_config.static_forward_context
             num_heads = layers[group.layer_names[0]].num_heads
             self.rounds[group_id] = group_rounds(
-                group.layer_names,
+                group,
                 layers,
                 statistics,
                 self.statistics_source.rotary_of(group.layer_names),

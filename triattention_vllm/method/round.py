@@ -1,14 +1,11 @@
 """One batch of rounds on the device: score, select, compact."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from triattention_kernels import PagedKV, RoundBatch, compact, score, select
+from triattention_kernels import PagedKV, RoundBatch, Selection, compact, score, select
 
 from triattention_vllm.method.score_triattention import TriAttentionScorer
-
-Selection = Literal["per_head", "per_layer_per_head", "union"]
 
 
 def run_rounds(

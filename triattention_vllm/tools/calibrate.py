@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from triattention_vllm.engine.offline import calibrate_model, check_statistics
 from triattention_vllm.errors import StatisticsError
 from triattention_vllm.method.statistics import Statistics, import_published
 
@@ -40,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     Raises StatisticsError for arguments that contradict each other, an output file that exists,
     or whatever keeps the statistics from being made.
     """
+    from triattention_vllm.engine.offline import calibrate_model, check_statistics
+
     _check(args)
     engine_arguments = {"tensor_parallel_size": args.tensor_parallel_size, **args.engine_args}
     if args.published is not None:

@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve with and without compression, show both, write the picture; 0 when all is done."""
+    """Serve with and without compression, show both, write the picture; 0 when all is done,
+    130 when it was interrupted."""
     longest = SHORT_MAX_LEN - _LONGEST_PROMPT
     if not (1 <= args.clients <= 16 and 1 <= args.answer_tokens <= longest):
         raise SettingsError(
@@ -90,9 +91,13 @@ def run(args: argparse.Namespace) -> int:
         Run("full attention", SHORT_MAX_LEN),
         Run(f"budget {args.budget}", LONG_MAX_LEN, compression),
     ]
-    with _ended_like_ctrl_c():
-        _show_refusal(console, model, args.output)
-        timelines = [_measure(console, one, model, args) for one in runs]
+    try:
+        with _ended_like_ctrl_c():
+            _show_refusal(console, model, args.output)
+            timelines = [_measure(console, one, model, args) for one in runs]
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; the server is stopped")
+        return 130
     console.print()
     console.print(comparison(timelines, [one.max_model_len for one in runs]))
     for file in _write_results(timelines, args):

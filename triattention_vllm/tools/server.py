@@ -171,7 +171,9 @@ def serving(
             stdout=log,
             stderr=subprocess.STDOUT,
             env=inherited | offline | dict(environment or {}),
-            start_new_session=True,
+            # Not a session of its own: Linux shares the cores between sessions, and a busy server
+            # would keep the clients that watch it from running for seconds.
+            process_group=0,
         )
     server = Server(process, port, log_path)
     try:

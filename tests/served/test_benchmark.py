@@ -1,0 +1,26 @@
+"""The engine benchmark runs, in its smallest size, and reports the conditions of its figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ENGINE_BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "engine.py"
+
+
+def test_the_benchmark_measures_both_sides_in_one_run(tmp_path: Path) -> None:
+    output = tmp_path / "engine.json"
+    command = [sys.executable, str(ENGINE_BENCHMARK), "--tiny", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert {"commit", "processor", "engine", "size"} <= set(report["conditions"])
+    loads = {(result["context"], result["num_requests"]): result for result in report["results"]}
+    assert set(loads) == {(256, 1), (256, 4), (1024, 1), (1024, 4)}
+    for result in loads.values():
+        assert result["full"]["rounds"] == 0
+        assert result["compressed"]["rounds"] > 0
+        assert 0 < result["compressed"]["rounds_share_of_decode"] < 1
+    longest = loads[1024, 4]
+    assert longest["compressed"]["most_blocks_held"] < longest["full"]["most_blocks_held"] / 3
+    assert longest["compressed"]["requests_that_fit"] > 3 * longest["full"]["requests_that_fit"]
