@@ -9,7 +9,7 @@ from triattention_kernels.paged import PagedKV, RoundBatch
 
 # Layers are independent. They are moved a few at a time, about this many elements (keys and
 # values): that stays in the processor's cache and bounds the scratch memory.
-TILE_ELEMENTS = 1 << 22
+TILE_ELEMENTS = 1 << 21
 
 INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -42,30 +42,33 @@ def move(views: list[Tensor], batch: RoundBatch, kept: Tensor) -> None:
     """``compact`` for some of the layers."""
     moves = []
     for request_idx, num_destination in enumerate(batch.num_destination_blocks):
-        source = batch.source_blocks[request_idx]
+        source = batch.source_blocks[request_idx, : batch.num_source_blocks[request_idx]]
         destination = batch.destination_blocks[request_idx, :num_destination]
         for view in views:
             tokens = kept[request_idx, ..., : num_destination * view.shape[3] * view.shape[4]]
-            moves.append((view, destination, read_tokens(view, source, tokens)))
+            moves.append((view, destination.tolist(), read_tokens(view, source.tolist(), tokens)))
     for view, destination, content in moves:
         write_blocks(view, destination, content)
 
 
-def read_tokens(view: Tensor, source: Tensor, tokens: Tensor) -> Tensor:
-    """Region tokens [L, H_kv, J] of the source blocks as [L, H_kv, J, D1, D2], a copy."""
-    num_layers, _, num_kv_heads, slots, inner_slots, _, _ = view.shape
-    layers = torch.arange(num_layers, device=view.device)[:, None, None]
-    heads = torch.arange(num_kv_heads, device=view.device)[:, None]
-    blocks = source[tokens // (slots * inner_slots)]
-    slot = tokens % (slots * inner_slots)
-    return view[layers, blocks, heads, slot // inner_slots, slot % inner_slots]
+def read_tokens(view: Tensor, source: list[int], tokens: Tensor) -> Tensor:
+    """Region tokens [L, H_kv, J] of the source blocks as [L, H_kv, J, D1, D2], a copy.
+
+    Whole blocks are unpacked into rows of head dims first; rows are then copied as they are.
+    """
+    num_layers, _, num_kv_heads, slots, inner_slots, *dims = view.shape
+    region = view.new_empty(num_layers, num_kv_heads, len(source), slots, inner_slots, *dims)
+    for block_idx, block in enumerate(source):
+        region[:, :, block_idx] = view[:, block]
+    rows = region.flatten(5).flatten(0, 4)
+    num_tokens = len(source) * slots * inner_slots
+    first = torch.arange(0, len(rows), num_tokens, device=view.device)
+    picked = rows.index_select(0, (tokens.flatten(0, 1) + first[:, None]).flatten())
+    return picked.view(*tokens.shape, *dims)
 
 
-def write_blocks(view: Tensor, destination: Tensor, content: Tensor) -> None:
+def write_blocks(view: Tensor, destination: list[int], content: Tensor) -> None:
     """Fill the destination blocks [M] with tokens [L, H_kv, M * block_size, D1, D2], in order."""
-    slots, inner_slots = view.shape[3:5]
-    blocks = torch.unflatten(content, 2, (len(destination), slots, inner_slots))
-    view = view.transpose(1, 2)
-    # In the order of memory whole blocks are copied, not single elements.
-    order = (0, 1, 2, *sorted(range(3, 7), key=view.stride, reverse=True))
-    view.permute(order)[:, :, destination] = blocks.permute(order).contiguous()
+    blocks = torch.unflatten(content, 2, (len(destination), *view.shape[3:5]))
+    for block_idx, block in enumerate(destination):
+        view[:, block] = blocks[:, :, block_idx]

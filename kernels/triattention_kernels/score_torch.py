@@ -5,9 +5,9 @@ from torch import Tensor
 
 from triattention_kernels.paged import PagedKV, RoundBatch
 
-# Keys are cast to the dtype of the arithmetic a few blocks at a time: tiles of this many
-# elements stay in the processor's cache and bound the scratch memory.
-TILE_ELEMENTS = 1 << 22
+# Keys are cast to the dtype of the arithmetic one block and a few layers at a time: tiles of
+# about this many elements stay in the processor's cache and bound the scratch memory.
+TILE_ELEMENTS = 1 << 20
 
 
 def score(
@@ -23,26 +23,26 @@ def score(
     num_tokens = batch.source_blocks.shape[1] * kv.block_size
     groups = (kv.num_kv_heads, num_heads // kv.num_kv_heads)
     scores = query_weights.new_full((num_requests, num_layers, *groups, num_tokens), float("-inf"))
-    norms = torch.unflatten(norm_weights.to(scores.dtype), 1, groups)[:, None]  # [L, 1, H_kv, G, F]
-    block_elements = num_layers * kv.num_kv_heads * kv.head_dim * kv.block_size
-    tile_blocks = max(1, TILE_ELEMENTS // block_elements)
+    weights = torch.unflatten(query_weights, 2, groups)
+    norms = torch.unflatten(norm_weights.to(scores.dtype), 1, groups)
+    tile_layers = max(1, TILE_ELEMENTS // (kv.num_kv_heads * kv.head_dim * kv.block_size))
     for request_idx, num_blocks in enumerate(batch.num_source_blocks):
-        weights = torch.unflatten(query_weights[request_idx], 1, groups)[:, None]
-        start = 0
-        region = batch.source_blocks[request_idx, :num_blocks]
-        for blocks in torch.split(region, tile_blocks):
-            keys = read_keys(kv, blocks, scores.dtype)
-            tile = weights @ keys + norms @ pair_norms(keys, interleaved, rotary_dim)
-            end = start + len(blocks) * kv.block_size
-            scores[request_idx, ..., start:end] = tile.permute(0, 2, 3, 1, 4).flatten(3)
-            start = end
+        region = batch.source_blocks[request_idx, :num_blocks].tolist()
+        for start in range(0, num_layers, tile_layers):
+            layers = slice(start, start + tile_layers)
+            for block_idx, block in enumerate(region):
+                keys = read_keys(kv, layers, block, scores.dtype)
+                tile = weights[request_idx, layers] @ keys
+                tile += norms[layers] @ pair_norms(keys, interleaved, rotary_dim)
+                tokens = slice(block_idx * kv.block_size, (block_idx + 1) * kv.block_size)
+                scores[request_idx, layers, ..., tokens] = tile
     return scores.flatten(2, 3)
 
 
-def read_keys(kv: PagedKV, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys of the blocks [n] as [L, n, H_kv, D, block_size] in ``dtype``."""
-    keys = kv.keys[:, blocks].permute(0, 1, 2, 5, 6, 3, 4)
-    return keys.reshape(*keys.shape[:3], kv.head_dim, kv.block_size).to(dtype)
+def read_keys(kv: PagedKV, layers: slice, block: int, dtype: torch.dtype) -> Tensor:
+    """Keys of one block of some layers as [L, H_kv, D, block_size] in ``dtype``, a copy."""
+    keys = kv.keys[layers, block].permute(0, 1, 4, 5, 2, 3)
+    return torch.empty(keys.shape, dtype=dtype, device=keys.device).copy_(keys).flatten(4).flatten(2, 3)
 
 
 def pair_norms(keys: Tensor, interleaved: bool, rotary_dim: int) -> Tensor:

@@ -27,6 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         f"--block-size={BLOCK_SIZE}",
         f"--kv-cache-memory-bytes={POOL_TOKENS * BYTES_PER_TOKEN}",
         "--max-num-batched-tokens=512",
+        "--shutdown-timeout=20",  # without it vLLM kills its engine processes at once
         "--kv-compression=triattention",
         "--kv-compression-config.budget=256",
         "--kv-compression-config.interval=64",

@@ -34,7 +34,7 @@ vllm:num_preemptions_total{engine="0"} 2.0
 
 def timeline(name: str, preemptions: tuple[int, ...]) -> Timeline:
     states = [
-        PoolState(float(second), 95, 30 * second, 4 - count, count, count)
+        PoolState(float(second), 95, 90 - 10 * count, 4 - count, count, count)
         for second, count in enumerate(preemptions)
     ]
     return Timeline(name, 4, states, num_tokens=300, seconds=3.0)

@@ -81,10 +81,14 @@ class Launch:
         """The same for launches that compile to the same code."""
         return f"{self.source.hash()}-{self.options['num_warps']}"
 
+    def program(self, target: GPUTarget) -> Any:
+        """The compiled kernel."""
+        options = {"num_warps": self.options["num_warps"]}
+        return triton.compile(self.source, target=target, options=options)
+
     def compiled(self, target: GPUTarget) -> Resources:
         """Compile for ``target`` and read what the program takes."""
-        options = {"num_warps": self.options["num_warps"]}
-        program = triton.compile(self.source, target=target, options=options)
+        program = self.program(target)
         if target.backend == "hip":
             return _of_amdgcn(program.asm["amdgcn"], program.metadata.shared)
         return _of_cubin(program.asm["cubin"], program.metadata.shared)

@@ -7,19 +7,20 @@ import torch
 import transformers
 from dense_reference import DenseReference
 from dense_replay import engine_steps, replay
-from tiny_models import CONFIGS, write_model
+from tiny_models import write_model
 from torch import Tensor, nn
 
 from triattention_vllm.method.policy import Policy
 from triattention_vllm.tools.tiny_model import write_tiny_model
 
 NUM_TOKENS = 300
+FAMILIES = ["qwen3", "llama3", "gptj", "gpt_neox"]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    folders = {family: write_model(root / family, family) for family in CONFIGS}
+    folders = {family: write_model(root / family, family) for family in FAMILIES[1:]}
     folders["qwen3"] = write_tiny_model(root / "qwen3", hidden_size=128, head_dim=32)
     return folders
 
@@ -60,7 +61,7 @@ def tolerance(family: str) -> float:
     return 1e-4 if family == "gptj" else 1e-9
 
 
-@pytest.mark.parametrize("family", ["qwen3", *CONFIGS])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_with_nothing_evicted_it_equals_transformers(family: str, folders: dict[str, Path]) -> None:
     tokens = random_tokens()
     expected = transformers_logprobs(folders[family], tokens)
@@ -68,7 +69,7 @@ def test_with_nothing_evicted_it_equals_transformers(family: str, folders: dict[
     assert torch.allclose(actual, expected, rtol=0, atol=tolerance(family))
 
 
-@pytest.mark.parametrize("family", ["qwen3", *CONFIGS])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_dropped_tokens_equal_an_explicit_mask_of_transformers(
     family: str, folders: dict[str, Path]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.parallel_state import get_world_group
@@ -30,6 +31,10 @@ class CompressionCPUWorker(CPUWorker):
 
     def __init__(self, vllm_config: VllmConfig, *args: object, **kwargs: object) -> None:
         super().__init__(vllm_config, *args, **kwargs)
+        if torch.cpu._is_amx_tile_supported():
+            # vLLM skips its warm-up in eager mode, and a first batch of one bfloat16 token then
+            # ends in an illegal instruction.
+            torch.cpu._init_amx()
         settings = settings_of(vllm_config)
         assert settings is not None, "this worker is chosen only where compression is on"
         self.settings: Settings = settings

@@ -48,9 +48,12 @@ class Timeline:
 
     @property
     def preemption_seconds(self) -> list[float]:
-        """When preemptions were noticed."""
+        """When requests went back to waiting and their blocks to the pool. vLLM counts them only
+        when they run again, so the counter itself would be late."""
         pairs = zip(self.states, self.states[1:], strict=False)
-        return [b.seconds for a, b in pairs if b.num_preemptions > a.num_preemptions]
+        return [
+            b.seconds for a, b in pairs if b.num_waiting > a.num_waiting and b.num_held < a.num_held
+        ]
 
 
 def put_under_load(
