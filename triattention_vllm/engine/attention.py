@@ -1,4 +1,4 @@
-"""Attention that looks past the null head: one subclass of the platform's own backend each.
+"""Attention that looks past the null head: what every backend subclass adds to vLLM's own.
 
 The row of a compressed request begins with null blocks and keeps its logical length. The
 metadata builder shifts each row left by its leading nulls and shortens ``seq_lens`` by as many
@@ -7,82 +7,114 @@ computed from the unshifted row and stay as they are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
+from triattention_kernels import shift_rows
+from vllm.config import VllmConfig
+from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
-)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import AttentionSpec
 
+from triattention_vllm.engine.null_heads import NullHeads
 from triattention_vllm.engine.spec import CompressedAttentionSpec
 
 QueryObserver = Callable[[str, torch.Tensor], None]
 """Called with a layer's name and its queries after RoPE, [n, H, D], before attention."""
 
+_BACKENDS = f"{__package__}.backends"
+BACKENDS: dict[AttentionBackendEnum, str] = {
+    AttentionBackendEnum.CPU_ATTN: f"{_BACKENDS}.cpu.CompressedCPUBackend",
+    AttentionBackendEnum.FLASH_ATTN: f"{_BACKENDS}.flash_attn.CompressedFlashAttentionBackend",
+    AttentionBackendEnum.TRITON_ATTN: f"{_BACKENDS}.triton_attn.CompressedTritonBackend",
+    AttentionBackendEnum.FLASHINFER: f"{_BACKENDS}.flashinfer.CompressedFlashInferBackend",
+}
+"""Every backend that we subclass, by name: a class is imported when vLLM chooses it. vLLM's own
+choice among them is kept."""
 
-@dataclass(frozen=True)
+
+def override_backends() -> None:
+    """Put our subclass in the place of each backend, for models that are loaded from now on."""
+    for member, class_path in BACKENDS.items():
+        register_backend(member, class_path)
+    # An engine that this process built before has its choice remembered by class.
+    selector._cached_get_attn_backend.cache_clear()
+
+
 class ShiftedRows:
-    """Rows without their null head.
+    """In front of a backend's metadata builder: it builds from rows without their null head.
 
-    block_table: int32 [R, num_columns], physical block ids from the first cached token on.
-    seq_lens: int32 [R], cached tokens ``C = N - E`` including the step's own.
+    The shifted rows live in buffers of the builder, written anew by every build and never
+    replaced, so captured graphs read the current step. A build of a compressed group launches
+    one small kernel, and neither synchronises with the device nor branches on its data.
     """
 
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
+    # vLLM would go around build() and put an unshifted table into the metadata.
+    supports_update_block_table = False
 
+    kv_cache_spec: AttentionSpec
+    null_heads: NullHeads
+    """What the host knows of this step's null heads; set by the worker."""
 
-def shift_rows(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, block_size: int, max_seq_len: int
-) -> ShiftedRows:
-    """``row[r, j] <- row[r, j + e_r]``, ``seq_lens[r] <- seq_lens[r] - e_r * block_size``.
-
-    ``e_r`` counts the leading null blocks of row r, at most ``(seq_len - 1) // block_size``:
-    dummy and padded rows are all null, and entries behind a row's last block are stale.
-    block_table int32 [R, >= ceil(max_seq_len / block_size)], seq_lens int32 [R]; new tensors
-    are returned, the arguments stay as they are.
-    """
-    num_columns = -(-max_seq_len // block_size)
-    rows = block_table[:, :num_columns]
-    num_null = (rows == 0).to(torch.int32).cumprod(dim=1).sum(dim=1)
-    num_null = torch.minimum(num_null, (seq_lens - 1).clamp(min=0) // block_size)
-    columns = torch.arange(num_columns, device=rows.device) + num_null[:, None]
-    shifted = rows.gather(1, columns.clamp(max=num_columns - 1))
-    return ShiftedRows(shifted, (seq_lens - num_null * block_size).to(seq_lens.dtype))
-
-
-class CompressedCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Builds the CPU backend's metadata from shifted rows, for compressed groups only."""
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        self.null_heads = NullHeads()
+        self._max_num_rows: int = vllm_config.scheduler_config.max_num_seqs
+        self._rows: torch.Tensor | None = None
+        self._seq_lens: torch.Tensor | None = None
+        if isinstance(kv_cache_spec, CompressedAttentionSpec):
+            # A fused draft step would advance the unshifted lengths on the device.
+            self.supports_draft_decode_metadata_update = False
 
     def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> CPUAttentionMetadata:
+    ) -> Any:
         """vLLM's ``build`` on rows without their null head."""
         if isinstance(self.kv_cache_spec, CompressedAttentionSpec):
-            rows = shift_rows(
-                common_attn_metadata.block_table_tensor,
-                common_attn_metadata.seq_lens,
-                self.block_size,
-                common_attn_metadata.max_seq_len,
-            )
-            common_attn_metadata = common_attn_metadata.replace(
-                block_table_tensor=rows.block_table,
-                seq_lens=rows.seq_lens,
-                max_seq_len=int(rows.seq_lens.max()),
-            )
-        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+            common_attn_metadata = self._shifted(common_attn_metadata)
+        return super().build(  # type: ignore[misc]
+            common_prefix_len, common_attn_metadata, fast_build
+        )
+
+    def _shifted(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """The same batch with shifted rows, shortened lengths and the host's view of them."""
+        table, seq_lens = metadata.block_table_tensor, metadata.seq_lens
+        num_rows, width = table.shape
+        if self._rows is None or self._seq_lens is None:
+            size = max(num_rows, self._max_num_rows)
+            self._rows = torch.zeros((size, width), dtype=torch.int32, device=table.device)
+            self._seq_lens = torch.zeros(size, dtype=torch.int32, device=table.device)
+        block_size = self.kv_cache_spec.block_size
+        shift_rows(
+            table,
+            seq_lens,
+            block_size,
+            self._rows,
+            self._seq_lens,
+            max_seq_len=metadata.max_seq_len,
+        )
+        max_seq_len, upper_bound = self.null_heads.shorten(metadata, block_size)
+        return metadata.replace(
+            block_table_tensor=self._rows[:num_rows],
+            seq_lens=self._seq_lens[:num_rows],
+            max_seq_len=max_seq_len,
+            seq_lens_cpu_upper_bound=upper_bound,
+            _num_computed_tokens_cache=None,
+        )
 
 
-class ObservedCPUImpl(CPUAttentionBackendImpl):
-    """The CPU implementation; calibration may look at the queries of a plain run."""
+class ObservedQueries:
+    """In front of an attention implementation: calibration may look at a plain run's queries."""
 
     query_observer: QueryObserver | None = None
 
@@ -93,7 +125,7 @@ class ObservedCPUImpl(CPUAttentionBackendImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
+        attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -101,7 +133,7 @@ class ObservedCPUImpl(CPUAttentionBackendImpl):
         """vLLM's ``forward``; the observer, if any, sees the actual queries first."""
         if self.query_observer is not None and attn_metadata is not None:
             self.query_observer(layer.layer_name, query[: attn_metadata.num_actual_tokens])
-        return super().forward(
+        result: torch.Tensor = super().forward(  # type: ignore[misc]
             layer,
             query,
             key,
@@ -112,27 +144,4 @@ class ObservedCPUImpl(CPUAttentionBackendImpl):
             output_scale,
             output_block_scale,
         )
-
-
-class CompressedCPUBackend(CPUAttentionBackend):
-    """``CPU_ATTN`` with our builder and implementation; vLLM's name and everything else."""
-
-    @staticmethod
-    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
-        return ObservedCPUImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
-        return CompressedCPUMetadataBuilder
-
-
-BACKENDS: dict[AttentionBackendEnum, type] = {
-    AttentionBackendEnum.CPU_ATTN: CompressedCPUBackend,
-}
-"""Every backend that we subclass. vLLM's own choice among them is kept."""
-
-
-def override_backends() -> None:
-    """Put our subclass in the place of each backend, for models that are loaded from now on."""
-    for member, backend in BACKENDS.items():
-        register_backend(member, f"{backend.__module__}.{backend.__qualname__}")
+        return result

@@ -1,0 +1,1 @@
+"""One file per attention backend of vLLM: its class with our builder and implementation."""

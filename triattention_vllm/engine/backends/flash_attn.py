@@ -1,0 +1,29 @@
+"""``FLASH_ATTN``: vLLM's backend, its name and everything else of it, on shifted rows."""
+
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from triattention_vllm.engine.attention import ObservedQueries, ShiftedRows
+
+
+class CompressedFlashAttentionMetadataBuilder(ShiftedRows, FlashAttentionMetadataBuilder):
+    """Builds from rows without their null head, for compressed groups only."""
+
+
+class ObservedFlashAttentionImpl(ObservedQueries, FlashAttentionImpl):
+    """The implementation; calibration may look at the queries of a plain run."""
+
+
+class CompressedFlashAttentionBackend(FlashAttentionBackend):
+    """vLLM's ``FLASH_ATTN`` with our builder and implementation."""
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        return ObservedFlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        return CompressedFlashAttentionMetadataBuilder
