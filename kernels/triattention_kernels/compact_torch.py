@@ -9,7 +9,7 @@ from triattention_kernels.paged import PagedKV, RoundBatch
 
 # Layers are independent. They are moved a few at a time, about this many elements (keys and
 # values): that stays in the processor's cache and bounds the scratch memory.
-TILE_ELEMENTS = 1 << 21
+TILE_ELEMENTS = 1 << 22
 
 INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -40,15 +40,16 @@ def as_integers(view: Tensor) -> Tensor:
 
 def move(views: list[Tensor], batch: RoundBatch, kept: Tensor) -> None:
     """``compact`` for some of the layers."""
-    moves = []
+    moves: list[tuple[Tensor, list[int], Tensor]] = []
     for request_idx, num_destination in enumerate(batch.num_destination_blocks):
-        source = batch.source_blocks[request_idx, : batch.num_source_blocks[request_idx]]
-        destination = batch.destination_blocks[request_idx, :num_destination]
+        num_source = batch.num_source_blocks[request_idx]
+        source: list[int] = batch.source_blocks[request_idx, :num_source].tolist()
+        destination: list[int] = batch.destination_blocks[request_idx, :num_destination].tolist()
         for view in views:
             tokens = kept[request_idx, ..., : num_destination * view.shape[3] * view.shape[4]]
-            moves.append((view, destination.tolist(), read_tokens(view, source.tolist(), tokens)))
-    for view, destination, content in moves:
-        write_blocks(view, destination, content)
+            moves.append((view, destination, read_tokens(view, source, tokens)))
+    for view, blocks, content in moves:
+        write_blocks(view, blocks, content)
 
 
 def read_tokens(view: Tensor, source: list[int], tokens: Tensor) -> Tensor:
@@ -69,6 +70,11 @@ def read_tokens(view: Tensor, source: list[int], tokens: Tensor) -> Tensor:
 
 def write_blocks(view: Tensor, destination: list[int], content: Tensor) -> None:
     """Fill the destination blocks [M] with tokens [L, H_kv, M * block_size, D1, D2], in order."""
-    blocks = torch.unflatten(content, 2, (len(destination), *view.shape[3:5]))
+    slots, inner_slots, _, inner_dims = view.shape[3:]
+    blocks = torch.unflatten(content, 2, (len(destination), slots, inner_slots))
+    # A copy runs along the dimension that lies closest in the cache; where that is a short run
+    # of slots, one slot at a time lets it run along the head dims.
+    parts = range(inner_slots) if inner_slots < inner_dims else [slice(None)]
     for block_idx, block in enumerate(destination):
-        view[:, block] = blocks[:, :, block_idx]
+        for part in parts:
+            view[:, block, :, :, part] = blocks[:, :, block_idx, :, part]

@@ -1,5 +1,6 @@
 """Which rounds may share an in-place launch, from block ids that the host knows."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from triattention_kernels.errors import ArgumentError
@@ -13,12 +14,11 @@ def moves_forward(source_rows: BlockRows, destination_rows: BlockRows) -> bool:
 
     source_rows, destination_rows: block ids of each request in row order, without padding.
     """
-    sources = [block for row in source_rows for block in row]
-    readers = {block: sources.count(block) for block in set(sources)}
+    num_readers = Counter(block for row in source_rows for block in row)
     for source, destination in zip(source_rows, destination_rows, strict=True):
         for idx, block in enumerate(destination):
             in_place = idx < len(source) and source[idx] == block
-            if readers.get(block, 0) > int(in_place):
+            if num_readers[block] > int(in_place):
                 return False
     return True
 
@@ -33,20 +33,20 @@ def forward_groups(source_rows: BlockRows, destination_rows: BlockRows) -> list[
     """
     groups: list[range] = []
     start = 0
+    read_since_start: set[int] = set()
     written: set[int] = set()
     for idx, (source, destination) in enumerate(zip(source_rows, destination_rows, strict=True)):
-        own = slice(idx, idx + 1)
-        if written.intersection(source) or not moves_forward(
-            source_rows[own], destination_rows[own]
-        ):
+        if written.intersection(source) or not moves_forward([source], [destination]):
             raise ArgumentError(
                 f"request {idx} reads blocks {list(source)} and writes {list(destination)} after"
                 f" blocks {sorted(written)} were written: it would read what has been overwritten."
                 " Give the rounds in the order of their planning, or one RoundBatch without"
                 " moves_forward"
             )
-        if not moves_forward(source_rows[start : idx + 1], destination_rows[start : idx + 1]):
+        if read_since_start.intersection(destination):
             groups.append(range(start, idx))
             start = idx
+            read_since_start = set()
+        read_since_start.update(source)
         written.update(destination)
     return [*groups, range(start, len(source_rows))] if source_rows else []

@@ -160,8 +160,9 @@ class RoundBatch:
         """
         device = self.source_blocks.device
         columns = (self.num_source_blocks, self.num_destination_blocks, self.first_candidate)
-        rows = torch.tensor(columns, dtype=torch.int32, pin_memory=device.type == "cuda")
-        return rows.to(device, non_blocking=True).T.contiguous()
+        rows = list(zip(*columns, strict=True))
+        pinned = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return pinned.to(device, non_blocking=True)
 
 
 def stack_layers(tensors: Sequence[Tensor]) -> Tensor:

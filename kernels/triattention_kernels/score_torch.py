@@ -42,7 +42,12 @@ def score(
 def read_keys(kv: PagedKV, layers: slice, block: int, dtype: torch.dtype) -> Tensor:
     """Keys of one block of some layers as [L, H_kv, D, block_size] in ``dtype``, a copy."""
     keys = kv.keys[layers, block].permute(0, 1, 4, 5, 2, 3)
-    return torch.empty(keys.shape, dtype=dtype, device=keys.device).copy_(keys).flatten(4).flatten(2, 3)
+    return (
+        torch.empty(keys.shape, dtype=dtype, device=keys.device)
+        .copy_(keys)
+        .flatten(4)
+        .flatten(2, 3)
+    )
 
 
 def pair_norms(keys: Tensor, interleaved: bool, rotary_dim: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from triattention_kernels import select_torch
 from triattention_kernels.checks import check_select
 from triattention_kernels.errors import ArgumentError
+from triattention_kernels.implementation import Implementation, choose
 from triattention_kernels.paged import RoundBatch
 
 Selection = Literal["per_head", "per_layer_per_head", "union"]
@@ -18,6 +19,7 @@ def select(
     block_size: int,
     num_kv_heads: int,
     mode: Selection,
+    implementation: Implementation | None = None,
 ) -> Tensor:
     """The region tokens that each request, layer and KV head keeps.
 
@@ -35,8 +37,11 @@ def select(
     last. Deterministic, and independent of the other requests of the batch.
 
     scores: [R, L, H, S_max * block_size] float32 or float64, as ``score`` returns them.
+    implementation: None for the device's own (``implementation.choose``); Triton computes in
+        float32 only.
     Returns [R, L, H_kv, M_max * block_size] int64: ascending region token indices, the leading
     protected ones first; 0 past a request's ``num_destination_blocks * block_size``.
+    Keep sets that layers or heads share may be one memory: write into a copy only.
     Does not synchronise with the device. Raises ArgumentError.
     """
     check_select(scores, batch, block_size, num_kv_heads)
@@ -44,4 +49,8 @@ def select(
         raise ArgumentError(
             f"selection mode {mode!r} is unknown; known are {', '.join(get_args(Selection))}"
         )
+    if choose(implementation, scores.device) == "triton":
+        from triattention_kernels import select_triton
+
+        return select_triton.select(scores, batch, block_size, num_kv_heads, mode)
     return select_torch.select(scores, batch, block_size, num_kv_heads, mode)

@@ -66,6 +66,9 @@ class Launch:
             value = by_name[name]
             if isinstance(value, torch.Tensor):
                 signature[name] = POINTER_TYPES[value.dtype]
+            elif self.kernel.params[idx].do_not_specialize:
+                signature[name] = "i32"
+                continue
             elif self.kernel.params[idx].is_constexpr or value == 1:
                 signature[name] = "constexpr"
                 constants[name] = value

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write")
     parser.add_argument("--clients", type=int, default=4, help="answers streamed at once (4)")
     parser.add_argument("--answer-tokens", type=int, default=1600, help="per answer (1600)")
-    parser.add_argument("--budget", type=int, default=512, help="tokens kept per request (512)")
+    parser.add_argument("--budget", type=int, default=384, help="tokens kept per request (384)")
 
 
 def run(args: argparse.Namespace) -> int:

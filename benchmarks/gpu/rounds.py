@@ -1,0 +1,206 @@
+"""What the kernel benchmark works on: model shapes, and caches with requests due for a round."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triattention_kernels import (
+    Implementation,
+    PagedKV,
+    RoundBatch,
+    compact,
+    fill_holes,
+    score,
+    select,
+    shift_rows,
+)
+from triattention_kernels.traffic import RoundShape
+
+INTERVAL = 128  # tokens that a round evicts
+SINKS = 16  # tokens that are never candidates
+LOGICAL_LENGTH = 32_768  # tokens of a request, for the rows that are shifted
+MODE = "per_head"
+
+
+@dataclass(frozen=True)
+class Model:
+    """The full-attention layers of a model. All rotate every head dim."""
+
+    name: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+
+
+MODELS = (
+    Model("Qwen3-8B", 36, 32, 8, 128),
+    Model("Llama-3.1-8B", 32, 32, 8, 128),
+    Model("Qwen3-32B", 64, 64, 8, 128),
+    Model("gpt-oss-20b", 12, 64, 8, 64),
+)
+
+
+def round_shape(model: Model, budget: int, num_requests: int) -> RoundShape:
+    """A round at the nominal boundary, with window and sinks as by default.
+
+    ``budget + INTERVAL`` tokens are cached; the first SINKS (whole blocks) and the window, which
+    is as long as the interval, are no candidates. Raises ValueError for a budget without any.
+    """
+    num_source_blocks = (budget - SINKS) // model.block_size
+    num_destination_blocks = num_source_blocks - INTERVAL // model.block_size
+    if num_destination_blocks < 1:
+        raise ValueError(
+            f"budget {budget} leaves no survivors; the smallest is"
+            f" {INTERVAL + SINKS + model.block_size}"
+        )
+    return RoundShape(
+        num_requests=num_requests,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        rotary_dim=model.head_dim,
+        block_size=model.block_size,
+        num_source_blocks=num_source_blocks,
+        num_destination_blocks=num_destination_blocks,
+        element_bytes=model.dtype.itemsize,
+    )
+
+
+def key_bytes(shape: RoundShape) -> int:
+    """Bytes of the keys of all regions; the values are as many."""
+    rows = shape.num_requests * shape.num_layers * shape.num_kv_heads
+    return rows * shape.num_tokens * shape.head_dim * shape.element_bytes
+
+
+@dataclass(frozen=True)
+class RequestSet:
+    """One batch of rounds in a cache that all sets share, in blocks of its own."""
+
+    kv: PagedKV
+    batch: RoundBatch
+    query_weights: Tensor  # [R, L, H, D] float32
+    norm_weights: Tensor  # [L, H, D / 2] float32
+    block_table: Tensor  # [R, W] int32, null head, then sinks, region and window
+    seq_lens: Tensor  # [R] int32
+    out_table: Tensor
+    out_seq_lens: Tensor
+    num_null: int
+    num_cached_blocks: int
+
+
+def make_request_sets(
+    shape: RoundShape, dtype: torch.dtype, num_sets: int, device: str, seed: int = 0
+) -> list[RequestSet]:
+    """Random keys and values; every request's blocks are scattered over the whole pool, as they
+    are in a server that has run for a while. Rounds are in place: destination block j is source
+    block j.
+
+    Layout: layer, block, token, KV head, key beside value (vLLM's ``LBNHC``, its default on CUDA).
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    num_used = num_sets * shape.num_requests * shape.num_source_blocks
+    size = (shape.num_layers, num_used + 1, shape.block_size, shape.num_kv_heads)
+    storage = torch.empty(*size, 2 * shape.head_dim, dtype=dtype, device=device)
+    for layer in storage:
+        layer.normal_(generator=generator)
+    kv = PagedKV.from_blocks(storage.transpose(2, 3))
+    ids = 1 + torch.randperm(num_used, generator=generator, device=device)
+    rows = ids.view(num_sets, shape.num_requests, shape.num_source_blocks)
+    return [_request_set(kv, shape, source.contiguous(), generator) for source in rows]
+
+
+def _request_set(
+    kv: PagedKV, shape: RoundShape, source: Tensor, generator: torch.Generator
+) -> RequestSet:
+    num_requests, device = shape.num_requests, source.device
+    weights = torch.randn(
+        num_requests,
+        shape.num_layers,
+        shape.num_heads,
+        shape.head_dim,
+        generator=generator,
+        device=device,
+    )
+    norms = torch.rand(
+        shape.num_layers,
+        shape.num_heads,
+        shape.rotary_dim // 2,
+        generator=generator,
+        device=device,
+    )
+    batch = RoundBatch(
+        source_blocks=source,
+        destination_blocks=source[:, : shape.num_destination_blocks].contiguous(),
+        num_source_blocks=(shape.num_source_blocks,) * num_requests,
+        num_destination_blocks=(shape.num_destination_blocks,) * num_requests,
+        first_candidate=(0,) * num_requests,
+        moves_forward=True,
+    )
+    around = (SINKS + INTERVAL) // shape.block_size
+    num_cached = shape.num_source_blocks + around
+    num_null = max(LOGICAL_LENGTH // shape.block_size - num_cached, 1)
+    table = torch.zeros(num_requests, num_null + num_cached, dtype=torch.int32, device=device)
+    table[:, num_null : num_null + shape.num_source_blocks] = source
+    table[:, num_null + shape.num_source_blocks :] = source[:, :1]
+    seq_lens = torch.full(
+        (num_requests,), table.shape[1] * shape.block_size, dtype=torch.int32, device=device
+    )
+    outputs = torch.zeros_like(table), torch.zeros_like(seq_lens)
+    return RequestSet(kv, batch, weights, norms, table, seq_lens, *outputs, num_null, num_cached)
+
+
+def some_requests(batch: RoundBatch, indices: list[int]) -> RoundBatch:
+    """The rounds of these requests alone."""
+    picked = torch.tensor(indices, device=batch.source_blocks.device)
+    return RoundBatch(
+        source_blocks=batch.source_blocks[picked],
+        destination_blocks=batch.destination_blocks[picked],
+        num_source_blocks=tuple(batch.num_source_blocks[idx] for idx in indices),
+        num_destination_blocks=tuple(batch.num_destination_blocks[idx] for idx in indices),
+        first_candidate=tuple(batch.first_candidate[idx] for idx in indices),
+        moves_forward=batch.moves_forward,
+    )
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations on request sets, in one implementation."""
+
+    score: Callable[[RequestSet], Tensor]
+    select: Callable[[RequestSet, Tensor], Tensor]
+    compact: Callable[[RequestSet, Tensor], None]
+    fill_holes: Callable[[RequestSet, Tensor], Tensor] | None = None
+    shift: Callable[[RequestSet], None] | None = None
+
+    def whole_round(self, requests: RequestSet) -> None:
+        """Score, select and compact."""
+        self.compact(requests, self.select(requests, self.score(requests)))
+
+
+def product_operations(implementation: Implementation) -> Operations:
+    """The product's own, through their checks and dispatch."""
+
+    def run_score(r: RequestSet) -> Tensor:
+        weights = (r.query_weights, r.norm_weights)
+        return score(r.kv, r.batch, *weights, False, r.kv.head_dim, implementation)
+
+    def run_select(r: RequestSet, scores: Tensor) -> Tensor:
+        size = (r.kv.block_size, r.kv.num_kv_heads)
+        return select(scores, r.batch, *size, MODE, implementation)
+
+    def run_compact(r: RequestSet, kept: Tensor) -> None:
+        compact(r.kv, r.batch, kept, implementation)
+
+    def run_fill_holes(r: RequestSet, kept: Tensor) -> Tensor:
+        return fill_holes(kept, r.batch, r.kv.block_size, implementation)
+
+    def run_shift(r: RequestSet) -> None:
+        rows, outputs = (r.block_table, r.seq_lens), (r.out_table, r.out_seq_lens)
+        shift_rows(*rows, r.kv.block_size, *outputs, implementation=implementation)
+
+    return Operations(run_score, run_select, run_compact, run_fill_holes, run_shift)

@@ -1,0 +1,236 @@
+"""Everything that needs a GPU, in one go of less than ten minutes.
+
+    python benchmarks/gpu/run.py [--output FOLDER] [--minutes 9.5] [--only STAGE...]
+
+Stages, correctness first: ``tests`` (the kernel tests on real Triton), ``kernels`` (the kernel
+benchmark), ``engine`` (compressed against full attention). Each runs in processes of its own with a
+time limit, and writes what it has as it goes; one that fails stops nothing. Needs torch, triton and
+pytest, and for ``engine`` vLLM, in the environment of this Python or in the folder ``--site``.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+GROUP = "vllm.general_plugins"
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part: its command line after the Python, and its result file.
+
+    share: of the time that is left, relative to the shares of the stages after it.
+    exits: exit codes that have a name.
+    """
+
+    name: str
+    command: Callable[[Path, float], list[str]]
+    share: float
+    result: str | None
+    exits: Mapping[int, str]
+
+
+def tests_command(folder: Path, seconds: float) -> list[str]:
+    """Compilation ahead of time needs no GPU and is left to ``make test``. Most of the time goes
+    into compiling kernels, side by side where pytest-xdist is installed.
+    """
+    parallel = ["-n", "8"] if find_spec("xdist") else []
+    return [
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", *parallel, "tests/kernels"),
+        "--ignore=tests/kernels/test_compile_ahead.py",
+        f"--junit-xml={folder / 'tests.xml'}",
+    ]
+
+
+def kernels_command(folder: Path, seconds: float) -> list[str]:
+    """Shapes begin until a quarter of the time is left."""
+    output = ["--output", str(folder / "kernels.json"), "--seconds", str(0.75 * seconds)]
+    return ["benchmarks/kernels.py", *output]
+
+
+def engine_command(folder: Path, seconds: float) -> list[str]:
+    """Loads begin until a fifth of the time is left."""
+    output = ["--output", str(folder / "engine.json"), "--seconds", str(0.8 * seconds)]
+    return ["benchmarks/gpu/decode.py", *output]
+
+
+STAGES = (
+    Stage("tests", tests_command, 3, None, {0: "passed"}),
+    Stage("kernels", kernels_command, 2, "kernels.json", {0: "passed", 1: "wrong results"}),
+    Stage("engine", engine_command, 4, "engine.json", {0: "passed", 3: "refused"}),
+)
+
+
+def environment(folder: Path, site: Path | None) -> dict[str, str]:
+    """The clone and ``site`` on the path, with our entry point where it is not installed."""
+    paths = [ROOT, ROOT / "kernels", ROOT / "benchmarks", *([site] if site else [])]
+    found = entry_points(group=GROUP)
+    if not any(entry.name == "triattention_vllm" for entry in found):
+        paths.append(write_entry_point(folder / "metadata"))
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    before = inherited.get("PYTHONPATH")
+    joined = os.pathsep.join([*map(str, paths), *([before] if before else [])])
+    settings = {
+        "PYTHONPATH": joined,
+        "PYTHONUNBUFFERED": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return inherited | settings
+
+
+def write_entry_point(folder: Path) -> Path:
+    """A distribution of metadata alone, so that vLLM finds the plugin of a plain clone."""
+    with (ROOT / "pyproject.toml").open("rb") as stream:
+        project = tomllib.load(stream)["project"]
+    own = folder / "triattention_vllm-0.dist-info"
+    own.mkdir(parents=True)
+    (own / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n", encoding="utf-8"
+    )
+    lines = [f"{name} = {target}" for name, target in project["entry-points"][GROUP].items()]
+    (own / "entry_points.txt").write_text(
+        "\n".join([f"[{GROUP}]", *lines]) + "\n", encoding="utf-8"
+    )
+    return folder
+
+
+def run_stage(stage: Stage, folder: Path, seconds: float, variables: Mapping[str, str]) -> Json:
+    """Its status, last words and result. Ends its processes when the time is over."""
+    log = folder / f"{stage.name}.log"
+    began = time.monotonic()
+    with log.open("w", encoding="utf-8") as messages:
+        process = subprocess.Popen(
+            [sys.executable, *stage.command(folder, seconds)],
+            cwd=ROOT,
+            env=dict(variables),
+            stdout=messages,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(seconds)
+            status = stage.exits.get(code, f"failed with exit code {code}")
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {seconds:.0f} s"
+        finally:
+            end_group(process)
+    return {
+        "status": status,
+        "seconds": time.monotonic() - began,
+        "last_lines": log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:],
+        "result": read_result(folder, stage),
+    }
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """The stage's own process group, with the engines that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        process.wait()
+
+
+def read_result(folder: Path, stage: Stage) -> Json | None:
+    """What the stage has written until it ended."""
+    if stage.result is None or not (folder / stage.result).exists():
+        return None
+    result: Json = json.loads((folder / stage.result).read_text(encoding="utf-8"))
+    return result
+
+
+def run(
+    stages: tuple[Stage, ...],
+    folder: Path,
+    minutes: float,
+    site: Path | None,
+    options: Mapping[str, list[str]],
+) -> Json:
+    """All stages, each within its share of the time that is left; a summary after each."""
+    began = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    summary: Json = {"stages": {}}
+    with tempfile.TemporaryDirectory() as name:
+        variables = environment(Path(name), site)
+        for idx, stage in enumerate(stages):
+            left = 60 * minutes - (time.monotonic() - began)
+            seconds = left * stage.share / sum(later.share for later in stages[idx:])
+            print(f"== {stage.name}: at most {seconds:.0f} s", flush=True)
+            extended = with_options(stage, options.get(stage.name, []))
+            result = (
+                run_stage(extended, folder, seconds, variables)
+                if seconds > 5
+                else {"status": "not begun: no time was left"}
+            )
+            summary["stages"][stage.name] = result
+            print("\n".join(result.get("last_lines", [])), flush=True)
+            print(f"== {stage.name}: {result['status']}", flush=True)
+            summary["seconds"] = time.monotonic() - began
+            text = json.dumps(summary, indent=1) + "\n"
+            (folder / "summary.json").write_text(text, encoding="utf-8")
+    return summary
+
+
+def with_options(stage: Stage, options: list[str]) -> Stage:
+    """The stage with more arguments at its end."""
+
+    def command(folder: Path, seconds: float) -> list[str]:
+        return [*stage.command(folder, seconds), *options]
+
+    return replace(stage, command=command)
+
+
+def table_of(summary: Json) -> str:
+    """One line a stage; the refusal of an engine in full."""
+    lines = [f"{'stage':<9}{'seconds':>8}  status"]
+    for name, stage in summary["stages"].items():
+        lines.append(f"{name:<9}{stage.get('seconds', 0.0):>8.0f}  {stage['status']}")
+        starts = (stage.get("result") or {}).get("starts", [])
+        lines += [
+            f"{'':<19}{start['name']} ({start['way']}) {start['status']}: {start['reason']}"
+            for start in starts
+            if start["status"] != "started"
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line and run. Ends with 1 unless every stage passed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything together")
+    parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES])
+    parser.add_argument("--site", type=Path, help="where parts.py has unpacked vLLM")
+    parser.add_argument("--layers", type=int, default=36, help="of the engine's model")
+    parser.add_argument("--commit", help="what is measured, where this is not a git clone")
+    args = parser.parse_args()
+    commit = ["--commit", args.commit] if args.commit else []
+    options = {"kernels": commit, "engine": ["--layers", str(args.layers), *commit]}
+    stages = tuple(stage for stage in STAGES if not args.only or stage.name in args.only)
+    summary = run(stages, args.output, args.minutes, args.site, options)
+    print(table_of(summary))
+    print(f"results are in {args.output}")
+    passed = all(stage["status"] == "passed" for stage in summary["stages"].values())
+    raise SystemExit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Times of device work, taken in turns."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+Json = dict[str, Any]
+# While the device spins, the host queues the launches that are timed. Clocks are below 2.5 GHz, and
+# a spin is half as long again as the queueing took before.
+CYCLES_PER_SECOND = 2.5e9
+SPIN_MARGIN = 1.5
+LEAST_SPIN_S = 2e-4
+MOST_SPIN_S = 0.05
+
+
+@dataclass
+class Times:
+    """Seconds of one side. ``device``: between two events with the launches queued up before;
+    ``wall``: from the call until its work is done, on an idle device.
+    """
+
+    device: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    def summary(self) -> Json:
+        """Microseconds."""
+        return {"device_us": spread(self.device), "wall_us": spread(self.wall)}
+
+
+def spread(seconds: Sequence[float]) -> Json:
+    """Median, first and last tenth in microseconds, and how many."""
+    values = [1e6 * value for value in seconds]
+    tenths = quantiles(values, n=10) if len(values) > 1 else values
+    return {"median": median(values), "p10": tenths[0], "p90": tenths[-1], "count": len(values)}
+
+
+def wall_seconds(call: Callable[[], object], device: str) -> float:
+    """From the call until the device is idle again."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def queueing_seconds(call: Callable[[], object], device: str) -> float:
+    """Until the call returns, its work on the device perhaps still to be done."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    synchronize(device)
+    return seconds
+
+
+def device_seconds(call: Callable[[], object], device: str, queueing_s: float = 0.0) -> float:
+    """Between two CUDA events; the same as ``wall_seconds`` on the CPU.
+
+    queueing_s: what ``queueing_seconds`` found. A call that waits for the device is timed with the
+    waiting, and launches that take longer to queue than MOST_SPIN_S with the gaps between them.
+    """
+    if device == "cpu":
+        return wall_seconds(call, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    spin_s = min(max(SPIN_MARGIN * queueing_s, LEAST_SPIN_S), MOST_SPIN_S)
+    torch.cuda._sleep(int(spin_s * CYCLES_PER_SECOND))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device is idle."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[int], object]], num_turns: int, limit_s: float, device: str
+) -> dict[str, Times]:
+    """Call every side ``num_turns`` times, one after the other, with the number of the turn.
+
+    A first call of each warms up and is not counted. A side that would need more than
+    ``limit_s`` seconds for all turns takes fewer, spread over the whole; at least one.
+    """
+    own_turns, queueing = {}, {}
+    for name, side in sides.items():
+        side(0)
+        queueing[name] = queueing_seconds(partial(side, 0), device)
+        seconds = wall_seconds(partial(side, 0), device)
+        own_turns[name] = max(1, min(num_turns, int(limit_s / (2 * max(seconds, 1e-9)))))
+    times = {name: Times() for name in sides}
+    for turn in range(num_turns):
+        in_order = list(sides) if turn % 2 == 0 else list(reversed(sides))
+        for name in in_order:
+            own = own_turns[name]
+            if (turn + 1) * own // num_turns == turn * own // num_turns:
+                continue
+            call = partial(sides[name], turn)
+            times[name].device.append(device_seconds(call, device, queueing[name]))
+            times[name].wall.append(wall_seconds(call, device))
+    return times
+
+
+def copy_bandwidth(num_bytes: int, device: str, num_turns: int = 9) -> float:
+    """Bytes per second that a device-to-device copy reads and writes, median."""
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = [device_seconds(lambda: target.copy_(source), device) for _ in range(num_turns)]
+    return 2 * num_bytes / median(seconds)

@@ -1,0 +1,264 @@
+"""``score`` on a GPU: one launch for all layers, requests, KV heads and tokens."""
+
+# Kernels are typed by Triton, from their launches.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triattention_kernels.errors import ArgumentError
+from triattention_kernels.paged import PagedKV, RoundBatch
+from triattention_kernels.paged_triton import dim_offsets, token_offsets
+
+# fp8 keys are read as bytes and converted by their bits, so that every device can.
+KEY_FORMATS = {
+    torch.float32: "native",
+    torch.float16: "native",
+    torch.bfloat16: "native",
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+}
+# 2^(127 - 7): float32 exponents are biased by 127, those of e4m3 by 7.
+E4M3_BIAS = tl.constexpr(2.0**120)
+# Below this many query heads a KV head, a sum over the dims costs less than padding them to
+# what the tensor cores take.
+DOT_FROM_GROUP = 4
+TILE_TOKENS = 64
+TILE_DIMS = 64
+
+
+@triton.jit
+def to_float32(raw, KEY_FORMAT: tl.constexpr):
+    """Exact; bf16 has no arithmetic of its own on every device that runs this."""
+    if KEY_FORMAT == "e4m3":
+        sign = (raw & 0x80).to(tl.uint32) << 24
+        magnitude = (raw & 0x7F).to(tl.uint32)
+        # Exponent and mantissa land in float32's fields, and the product corrects the bias.
+        number = (magnitude << 20).to(tl.float32, bitcast=True) * E4M3_BIAS
+        number = tl.where(magnitude == 0x7F, float("nan"), number)
+        number = (number.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    elif KEY_FORMAT == "e5m2":
+        number = (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        number = raw.to(tl.float32)
+    return number
+
+
+@triton.jit
+def weighted_sum(
+    scores,
+    tile,
+    weights,
+    weights_stride_head,
+    dims,
+    present,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``scores[t, g] += sum_d tile[t, d] * weights[g, dims[d]]``; dims not ``present`` weigh 0."""
+    heads = tl.arange(0, GROUP_PAD)
+    if PRECISION == "sum":
+        for g in tl.static_range(GROUP):
+            column = tl.load(weights + g * weights_stride_head + dims, mask=present, other=0.0)
+            partial = tl.sum(tile * column[None, :], axis=1)
+            scores += tl.where(heads[None, :] == g, partial[:, None], 0.0)
+    else:
+        columns = tl.load(
+            weights + heads[None, :] * weights_stride_head + dims[:, None],
+            mask=present[:, None] & (heads < GROUP)[None, :],
+            other=0.0,
+        )
+        scores = tl.dot(tile, columns, scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_columns"])
+def score_kernel(
+    keys,
+    source_blocks,
+    counts,
+    query_weights,
+    norm_weights,
+    scores,
+    num_tiles,
+    num_tokens,
+    num_columns,
+    num_heads,
+    stride_layer,
+    stride_block,
+    stride_head,
+    stride_s1,
+    stride_s2,
+    stride_d1,
+    stride_d2,
+    query_stride_request,
+    query_stride_layer,
+    query_stride_head,
+    norm_stride_layer,
+    norm_stride_head,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    S2: tl.constexpr,
+    D2: tl.constexpr,
+    KEY_FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    PAIRS_TILE: tl.constexpr,
+    REST_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One program: a tile of tokens of one KV head, layer and request, all its query heads.
+
+    Arguments that change from round to round are not specialised: no round waits for a compiler.
+    """
+    kv_head = tl.program_id(0) // num_tiles
+    layer = tl.program_id(1).to(tl.int64)
+    request = tl.program_id(2).to(tl.int64)
+    tokens = (tl.program_id(0) % num_tiles) * TILE + tl.arange(0, TILE)
+    in_region = tokens < tl.load(counts + request * 3) * BLOCK_SIZE
+    head = kv_head.to(tl.int64) * GROUP
+
+    row = keys + layer * stride_layer + kv_head.to(tl.int64) * stride_head
+    row += token_offsets(
+        source_blocks + request * num_columns,
+        tokens,
+        in_region,
+        stride_block,
+        stride_s1,
+        stride_s2,
+        BLOCK_SIZE,
+        S2,
+    )[:, None]
+    query = query_weights + request * query_stride_request + layer * query_stride_layer
+    query += head * query_stride_head
+    total = tl.zeros((TILE, GROUP_PAD), tl.float32)
+    norms = norm_weights + layer * norm_stride_layer + head * norm_stride_head
+    for start in tl.static_range(0, ROTARY_DIM // 2, PAIRS_TILE):
+        pairs = start + tl.arange(0, PAIRS_TILE)
+        present = pairs < ROTARY_DIM // 2
+        # Neighbours: both loads touch the same sectors, the second finds them in L1.
+        real = 2 * pairs if INTERLEAVED else pairs
+        imag = real + 1 if INTERLEAVED else pairs + ROTARY_DIM // 2
+        mask = in_region[:, None] & present[None, :]
+        x = tl.load(row + dim_offsets(real, stride_d1, stride_d2, D2)[None, :], mask, other=0)
+        y = tl.load(row + dim_offsets(imag, stride_d1, stride_d2, D2)[None, :], mask, other=0)
+        x = to_float32(x, KEY_FORMAT)
+        y = to_float32(y, KEY_FORMAT)
+        norm = tl.sqrt(x * x + y * y)
+        total = weighted_sum(
+            total, x, query, query_stride_head, real, present, GROUP, GROUP_PAD, PRECISION
+        )
+        total = weighted_sum(
+            total, y, query, query_stride_head, imag, present, GROUP, GROUP_PAD, PRECISION
+        )
+        total = weighted_sum(
+            total, norm, norms, norm_stride_head, pairs, present, GROUP, GROUP_PAD, PRECISION
+        )
+    for start in tl.static_range(ROTARY_DIM, HEAD_DIM, REST_TILE):
+        dims = start + tl.arange(0, REST_TILE)
+        present = dims < HEAD_DIM
+        mask = in_region[:, None] & present[None, :]
+        x = tl.load(row + dim_offsets(dims, stride_d1, stride_d2, D2)[None, :], mask, other=0)
+        x = to_float32(x, KEY_FORMAT)
+        total = weighted_sum(
+            total, x, query, query_stride_head, dims, present, GROUP, GROUP_PAD, PRECISION
+        )
+
+    heads = tl.arange(0, GROUP_PAD)
+    out = scores + ((request * tl.num_programs(1) + layer) * num_heads + head) * num_tokens
+    tl.store(
+        out + heads[None, :].to(tl.int64) * num_tokens + tokens[:, None],
+        tl.where(in_region[:, None], total, float("-inf")),
+        mask=(heads < GROUP)[None, :] & (tokens < num_tokens)[:, None],
+    )
+
+
+def score(
+    kv: PagedKV,
+    batch: RoundBatch,
+    query_weights: Tensor,
+    norm_weights: Tensor,
+    interleaved: bool,
+    rotary_dim: int,
+) -> Tensor:
+    """See ``triattention_kernels.score.score``. One launch; weights and sums are float32.
+
+    Moves ``traffic.score_traffic`` bytes: every key of the regions once. Query and norm weights
+    (L * H * 1.5 D floats a request) come from L2.
+    """
+    for name, weights in (("query_weights", query_weights), ("norm_weights", norm_weights)):
+        if weights.dtype != torch.float32 or weights.stride(-1) != 1:
+            raise ArgumentError(
+                f"{name} is {weights.dtype} with strides {list(weights.stride())}; the triton"
+                " implementation takes float32 with contiguous head dims: cast it, or choose"
+                ' implementation="torch"'
+            )
+    key_format = KEY_FORMATS.get(kv.keys.dtype)
+    if key_format is None:
+        raise ArgumentError(
+            f"keys are {kv.keys.dtype}; the triton implementation scores"
+            f' {", ".join(map(str, KEY_FORMATS))}: choose implementation="torch"'
+        )
+    num_requests, num_layers, num_heads, head_dim = query_weights.shape
+    num_columns = batch.source_blocks.shape[1]
+    num_tokens = num_columns * kv.block_size
+    scores = query_weights.new_empty(num_requests, num_layers, num_heads, num_tokens)
+    constants = score_constants(num_heads // kv.num_kv_heads, head_dim, rotary_dim)
+    num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
+    score_kernel[(num_tiles * kv.num_kv_heads, num_layers, num_requests)](
+        kv.keys if key_format == "native" else kv.keys.view(torch.uint8),
+        batch.source_blocks,
+        batch.counts,
+        query_weights,
+        norm_weights,
+        scores,
+        num_tiles,
+        num_tokens,
+        num_columns,
+        num_heads,
+        *(kv.keys.stride(dim) for dim in range(7)),
+        *query_weights.stride()[:3],
+        *norm_weights.stride()[:2],
+        BLOCK_SIZE=kv.block_size,
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=rotary_dim,
+        INTERLEAVED=interleaved,
+        S2=kv.keys.shape[4],
+        D2=kv.keys.shape[6],
+        KEY_FORMAT=key_format,
+        **constants,
+        num_warps=4,
+    )
+    return scores
+
+
+def score_constants(group: int, head_dim: int, rotary_dim: int) -> dict[str, int | str]:
+    """Tile sizes and arithmetic of ``score_kernel``.
+
+    On NVIDIA tensor cores float32 operands are split in three TF32 products (``tf32x3``), whose
+    error is that of float32 sums; AMD's multiply float32 as it is.
+    """
+    on_amd = torch.version.hip is not None
+    uses_dot = group >= DOT_FROM_GROUP
+    # The smallest shapes that tensor cores multiply.
+    smallest_group = (16 if on_amd else 8) if uses_dot else 1
+    smallest_dims = 16 if uses_dot else 1
+
+    def tile(num_dims: int) -> int:
+        padded = int(triton.next_power_of_2(max(num_dims, 1)))
+        return min(max(padded, smallest_dims), TILE_DIMS)
+
+    return {
+        "GROUP": group,
+        "GROUP_PAD": max(triton.next_power_of_2(group), smallest_group),
+        "PAIRS_TILE": tile(rotary_dim // 2),
+        "REST_TILE": tile(head_dim - rotary_dim),
+        "PRECISION": ("ieee" if on_amd else "tf32x3") if uses_dot else "sum",
+        "TILE": TILE_TOKENS,
+    }

@@ -1,0 +1,149 @@
+"""The Triton scores against the torch ones, by their errors against float64."""
+
+import pytest
+import torch
+from far_blocks import SHAPE
+from torch import Tensor
+from triattention_kernels import ArgumentError, PagedKV, RoundBatch, score
+from triton_runs import run_triton
+
+LAYOUTS = ("head_major", "token_major", "vec", "amx")
+
+
+def random_weights(shape: tuple[int, int, int, int], rotary_dim: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(shape, generator=generator)
+    return query, torch.rand((*shape[1:3], rotary_dim // 2), generator=generator)
+
+
+def triton_score(*arguments) -> Tensor:
+    found, _ = run_triton("triattention_kernels:score", *arguments, implementation="triton")
+    return found
+
+
+def assert_no_worse_than_torch(kv: PagedKV, batch: RoundBatch, query, norms, *rope) -> Tensor:
+    """Root mean square of the errors; sums in another order err differently, by a quarter at
+    most once some hundred are taken together.
+    """
+    found = triton_score(kv, batch, query, norms, *rope)
+    truth = score(kv, batch, query.double(), norms.double(), *rope)
+    plain = score(kv, batch, query, norms, *rope)
+    assert found.shape == truth.shape
+    assert found.dtype == torch.float32
+    assert torch.equal(found.isneginf(), truth.isneginf())
+    inside = ~truth.isneginf()
+    errors = [(scores.double() - truth)[inside].square().mean().sqrt() for scores in (found, plain)]
+    rounding = truth[inside].square().mean().sqrt() * torch.finfo(torch.float32).eps
+    assert errors[0] <= 1.25 * max(errors[1], rounding), errors
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [32, 12, 0])
+def test_every_layout_and_pairing_is_no_worse_than_torch(
+    layout, interleaved, rotary_dim, make_cache, make_batch
+):
+    cache = make_cache(layout, (2, 5, 2, 16, 32))
+    batch = make_batch([[3, 1], [4]], [[2], [1]], [5, 0])
+    weights = random_weights((2, 2, 6, 32), rotary_dim)
+    assert_no_worse_than_torch(cache.kv, batch, *weights, interleaved, rotary_dim)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "rotary_dim"),
+    [(1, 64, 64), (2, 80, 80), (3, 96, 24), (4, 128, 128), (5, 80, 32), (8, 64, 64), (16, 256, 64)],
+)
+def test_every_group_and_head_dim_is_no_worse_than_torch(
+    group, head_dim, rotary_dim, make_cache, make_batch
+):
+    cache = make_cache("token_major", (1, 8, 2, 16, head_dim), torch.bfloat16)
+    batch = make_batch([[3, 1, 7, 2, 5]], [[2]], [0])
+    weights = random_weights((1, 1, 2 * group, head_dim), rotary_dim)
+    assert_no_worse_than_torch(cache.kv, batch, *weights, False, rotary_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 4])
+def test_every_dtype_is_cast_before_the_arithmetic(dtype, group, make_cache, make_batch):
+    cache = make_cache("head_major", (2, 4, 2, 16, 64), dtype)
+    batch = make_batch([[3, 1]], [[2]], [0])
+    assert_no_worse_than_torch(
+        cache.kv, batch, *random_weights((1, 2, 2 * group, 64), 64), False, 64
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_fp8_byte_is_scored_as_the_number_it_stands_for(dtype, make_batch):
+    raw = torch.arange(256, dtype=torch.uint8).view(1, 2, 1, 128, 1)
+    blocks = torch.cat([raw, raw], dim=-1).contiguous().view(dtype)
+    batch = make_batch([[0, 1]], [[0]], [0])
+    arguments = (batch, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 0), False, 0)
+    kv = PagedKV.from_blocks(blocks)
+    found, _ = run_triton("triattention_kernels.score_triton:score", kv, *arguments)
+    expected = blocks[..., 0].float().flatten()
+    assert torch.equal(found.flatten().isnan(), expected.isnan())
+    assert torch.equal(found.flatten().nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1, 2), (3, 4, 1, 3, 6), (1, 3, 5, 7, 10)])
+@pytest.mark.parametrize("group", [1, 3, 5])
+def test_odd_sizes_and_size_one_are_scored(shape, group, make_cache, make_batch):
+    num_layers, num_blocks, num_kv_heads, _, head_dim = shape
+    cache = make_cache("head_major", shape)
+    batch = make_batch([list(range(1, num_blocks))], [[1]], [0])
+    weights = random_weights((1, num_layers, num_kv_heads * group, head_dim), head_dim)
+    arguments = (cache.kv, batch, *weights, False, head_dim)
+    assert torch.allclose(triton_score(*arguments), score(*arguments), rtol=1e-5, atol=1e-5)
+
+
+def test_requests_of_a_batch_do_not_touch_each_other(make_cache, make_batch):
+    cache = make_cache("head_major", (2, 8, 2, 16, 32))
+    sources = [[1, 2, 3], [4], [5, 6]]
+    query, norms = random_weights((3, 2, 8, 32), 32)
+    batch = make_batch(sources, [[1], [4], [5]], [0, 0, 0])
+    together = triton_score(cache.kv, batch, query, norms, False, 32)
+    for idx, source in enumerate(sources):
+        alone = make_batch([source], [source[:1]], [0])
+        found = triton_score(cache.kv, alone, query[idx : idx + 1], norms, False, 32)
+        assert torch.equal(found[0], together[idx, ..., : found.shape[-1]])
+        assert together[idx, ..., found.shape[-1] :].isneginf().all()
+
+
+def test_a_key_of_nan_spoils_its_own_token_only(make_cache, make_batch):
+    cache = make_cache("head_major", (1, 3, 1, 16, 32))
+    cache.blocks[0, 2, 0, 5, 3] = torch.nan
+    batch = make_batch([[1, 2]], [[1]], [0])
+    for group in (1, 4):
+        weights = random_weights((1, 1, group, 32), 32)
+        found = triton_score(cache.kv, batch, *weights, False, 32)
+        assert found.isnan().nonzero()[:, 3].unique().tolist() == [21]
+
+
+@pytest.mark.parametrize("is_layer", [False, True])
+def test_offsets_pass_the_range_of_32_bits(is_layer):
+    generator = torch.Generator().manual_seed(2)
+    content = torch.randn(SHAPE, generator=generator).to(torch.float8_e5m2)
+    query = torch.arange(48.0).view(1, 3, 1, 16)
+    (scores, moved), _ = run_triton("far_blocks:far_round", content, query, is_layer)
+    keys = content[:, 2, 0, :, :16].float()
+    assert torch.allclose(scores[0, :, 0], (keys * query[0]).sum(dim=-1), rtol=1e-5)
+    expected = content.view(torch.uint8)[:, [2, 1, 2]]
+    assert torch.equal(moved, expected)
+
+
+def test_weights_that_triton_does_not_take_are_refused(make_cache, make_batch):
+    cache = make_cache("head_major", (1, 3, 1, 16, 32))
+    batch = make_batch([[1, 2]], [[1]], [0])
+    query, norms = random_weights((1, 1, 4, 32), 32)
+    for bad in (query.double(), query.transpose(2, 3).contiguous().transpose(2, 3)):
+        with pytest.raises(ArgumentError, match="query_weights is .* float32 with contiguous"):
+            triton_score(cache.kv, batch, bad, norms, False, 32)
+
+
+def test_triton_on_the_cpu_is_refused_and_never_replaced(make_cache, make_batch, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cache = make_cache("head_major", (1, 3, 1, 16, 32))
+    batch = make_batch([[1, 2]], [[1]], [0])
+    with pytest.raises(ArgumentError, match='implementation="triton" was asked for tensors on cpu'):
+        score(cache.kv, batch, *random_weights((1, 1, 4, 32), 32), False, 32, "triton")
