@@ -247,13 +247,19 @@ def test_every_import_of_vllm_has_a_row() -> None:
 
 def overrides() -> Iterator[tuple[type, type, str]]:
     """(our class, the class of vLLM, name) of every method of vLLM that we override."""
-    for path in sorted((PLUGIN / "engine").glob("*.py")):
-        module = importlib.import_module(f"triattention_vllm.engine.{path.stem}")
+    for path in sorted((PLUGIN / "engine").rglob("*.py")):
+        inner = path.relative_to(PLUGIN.parent).with_suffix("")
+        module = importlib.import_module(".".join(inner.parts))
         for cls in vars(module).values():
             if not inspect.isclass(cls) or cls.__module__ != module.__name__:
                 continue
             foreign = [base for base in cls.__mro__ if base.__module__.split(".")[0] == "vllm"]
-            for name, member in vars(cls).items():
+            # A class of ours in front of one of vLLM's overrides for it.
+            ours = [base for base in cls.__mro__ if base.__module__.startswith(PLUGIN.name)]
+            members = {
+                name: member for base in reversed(ours) for name, member in vars(base).items()
+            }
+            for name, member in members.items():
                 base = next((base for base in foreign if name in vars(base)), None)
                 written = inspect.isroutine(member) and not name.startswith("__")
                 if base is not None and written:

@@ -4,7 +4,9 @@ vLLM's CPU build switches Triton off when it is imported, so this runs in its ow
 """
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import vllm.platforms
 
@@ -15,7 +17,7 @@ from vllm.v1.worker.gpu import buffer_utils  # noqa: E402
 from vllm.v1.worker.gpu.block_table import BlockTables  # noqa: E402
 
 from triattention_vllm.engine.kv_manager import RoundPlan  # noqa: E402
-from triattention_vllm.engine.rows import write_row_v2  # noqa: E402
+from triattention_vllm.engine.rows import RowsV2  # noqa: E402
 
 # vLLM's own fallback for platforms without pinned memory.
 buffer_utils.is_uva_available = lambda: False
@@ -39,8 +41,22 @@ plan = RoundPlan(
     row_start=0,
     row_blocks=(0, 0, 11, 31),
 )
-write_row_v2(tables, 1, plan)
+runner = SimpleNamespace(
+    block_tables=tables,
+    req_states=SimpleNamespace(req_id_to_index={"r": 1}, index_to_req_id={1: "r", 2: "s"}),
+)
+rows = RowsV2(runner)
+rows.write(plan)
 tables.append_block_ids(1, ([16],), overwrite=False)
 tables.apply_staged_writes()
-(rows,) = tables.gather_block_tables(torch.tensor([2, 1]), num_reqs_padded=2)
-print(json.dumps({"rows": rows.tolist(), "num_blocks": tables.num_blocks.np[0].tolist()}))
+(table,) = tables.gather_block_tables(torch.tensor([2, 1]), num_reqs_padded=2)
+metadata = SimpleNamespace(req_idx=np.array([2, 1], dtype=np.int32))
+print(
+    json.dumps(
+        {
+            "rows": table.tolist(),
+            "num_blocks": tables.num_blocks.np[0].tolist(),
+            "requests": rows.requests(metadata),
+        }
+    )
+)

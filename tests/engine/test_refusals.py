@@ -10,6 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.refusals import refuse_unsupported, refuse_unsupported_layers
+from triattention_vllm.engine.worker import GPU_WORKER, compression_worker_class
 from triattention_vllm.errors import UnsupportedError
 
 
@@ -64,7 +65,7 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
     "micro-batching": (with_parallel(use_ubatching=True), "micro-batching"),
     "model runner V2": (
         lambda config: Changed(config, use_v2_model_runner=True),
-        "VLLM_USE_V2_MODEL_RUNNER=0",
+        "VLLM_USE_V2_MODEL_RUNNER unset",
     ),
     "speculative decoding": (
         lambda config: Changed(config, speculative_config=object()),
@@ -114,3 +115,13 @@ def test_a_missing_statistics_file_is_refused_before_it_serves(model_folder: Mod
     settings = {"budget": 512, "statistics": "/nowhere/statistics.safetensors"}
     with pytest.raises(EngineError, match="/nowhere/statistics.safetensors"):
         run_engine(model_folder("qwen3"), [random_prompt(4, 0)], 2, settings, max_model_len=2048)
+
+
+def test_a_gpu_is_refused_until_the_user_accepts_that_it_is_untested() -> None:
+    with pytest.raises(UnsupportedError, match="TRIATTENTION_ALLOW_UNTESTED_VLLM=1 to try"):
+        compression_worker_class(GPU_WORKER, {})
+    accepted = {"TRIATTENTION_ALLOW_UNTESTED_VLLM": "1"}
+    chosen = compression_worker_class(GPU_WORKER, accepted)
+    assert chosen == "triattention_vllm.engine.worker.CompressionGPUWorker"
+    with pytest.raises(UnsupportedError, match="no worker for 'my.Worker'"):
+        compression_worker_class("my.Worker", accepted)

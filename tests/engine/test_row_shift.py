@@ -1,63 +1,127 @@
-"""Attention reads the row behind its null head, and nothing else of it."""
+"""Attention reads rows without their null head, from buffers that stay where they are."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from triattention_vllm.engine.attention import shift_rows
+from triattention_vllm.config import Settings
+from triattention_vllm.engine.attention import ShiftedRows
+from triattention_vllm.engine.null_heads import NullHeads
+from triattention_vllm.engine.spec import CompressedAttentionSpec
 
-
-def shifted_by_hand(row: list[int], seq_len: int, block_size: int) -> tuple[list[int], int]:
-    """The same in plain Python: (blocks that attention reads, cached tokens)."""
-    num_blocks = -(-seq_len // block_size)
-    row = row[:num_blocks]
-    while len(row) > 1 and row[0] == 0:
-        row = row[1:]
-        seq_len -= block_size
-    return row, seq_len
+BLOCK_SIZE = 4
+CONFIG = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
 
 
-rows_of_requests = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(1, 6), st.integers(1, 4), st.integers(0, 3)),
-    min_size=1,
-    max_size=5,
-)
+class StockBuilder:
+    """In the place of vLLM's builder: gives back the metadata that it would build from."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+        self.kv_cache_spec = kv_cache_spec
+
+    def build(self, prefix: int, metadata: CommonAttentionMetadata, fast_build: bool) -> Any:
+        return metadata
 
 
-@given(requests=rows_of_requests, block_size=st.sampled_from([1, 4, 32]))
-def test_each_row_loses_its_null_head_and_as_many_tokens(
-    requests: list[tuple[int, int, int, int]], block_size: int
-) -> None:
-    width = 16
-    block_table = torch.full((len(requests), width), 99, dtype=torch.int32)
-    seq_lens = torch.empty(len(requests), dtype=torch.int32)
-    for r, (num_null, num_real, last_tokens, _) in enumerate(requests):
-        row = [0] * num_null + list(range(10 * r + 1, 10 * r + 1 + num_real))
-        block_table[r, : len(row)] = torch.tensor(row, dtype=torch.int32)
-        seq_lens[r] = (len(row) - 1) * block_size + min(last_tokens, block_size)
-    before = block_table.clone(), seq_lens.clone()
-    shifted = shift_rows(block_table, seq_lens, block_size, int(seq_lens.max()))
-    assert torch.equal(block_table, before[0])
-    assert torch.equal(seq_lens, before[1])
-    assert shifted.seq_lens.dtype == seq_lens.dtype
-    for r in range(len(requests)):
-        row, seq_len = shifted_by_hand(block_table[r].tolist(), int(seq_lens[r]), block_size)
-        assert int(shifted.seq_lens[r]) == seq_len
-        assert shifted.block_table[r, : len(row)].tolist() == row
+class Builder(ShiftedRows, StockBuilder):
+    """The mixin in front of it."""
 
 
-def test_dummy_and_padded_rows_keep_at_least_one_token() -> None:
-    block_table = torch.zeros((3, 8), dtype=torch.int32)
-    seq_lens = torch.tensor([1, 32, 0], dtype=torch.int32)
-    shifted = shift_rows(block_table, seq_lens, 4, 32)
-    assert shifted.seq_lens.tolist() == [1, 4, 0]
-    assert shifted.block_table.max() == 0
+@pytest.fixture
+def builder() -> Builder:
+    base = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
+    )
+    spec = CompressedAttentionSpec.from_full_attention(base, Settings(), 16)
+    return Builder(spec, [], CONFIG, torch.device("cpu"))
 
 
-def test_a_row_that_was_never_compressed_is_not_changed() -> None:
-    """Regression: a request that started before its compressed neighbour got its row shifted."""
-    block_table = torch.tensor([[0, 0, 7, 8], [3, 4, 5, 6]], dtype=torch.int32)
-    shifted = shift_rows(block_table, torch.tensor([15, 16], dtype=torch.int32), 4, 16)
-    assert shifted.block_table[1].tolist() == [3, 4, 5, 6]
-    assert shifted.seq_lens.tolist() == [7, 16]
-    assert shifted.block_table[0, :2].tolist() == [7, 8]
+def metadata(rows: list[list[int]], seq_lens: list[int]) -> CommonAttentionMetadata:
+    """A batch of rows that end in stale entries (99)."""
+    table = torch.full((len(rows), 8), 99, dtype=torch.int32)
+    for table_row, row in zip(table, rows, strict=True):
+        table_row[: len(row)] = torch.tensor(row, dtype=torch.int32)
+    starts = torch.arange(len(rows) + 1, dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
+        num_reqs=len(rows),
+        num_actual_tokens=len(rows),
+        max_query_len=1,
+        max_seq_len=max(seq_lens),
+        block_table_tensor=table,
+        slot_mapping=torch.arange(len(rows)),
+    )
+
+
+def host_knows(builder: Builder, of_request: dict[str, int], names: list[str]) -> None:
+    builder.null_heads = NullHeads()
+    builder.null_heads.read_rows_with(lambda _: names)
+    builder.null_heads.begin_step(of_request)
+
+
+def test_each_row_loses_its_null_head_and_as_many_tokens(builder: Builder) -> None:
+    """Regression: a request that started before its compressed neighbour got its row shifted,
+    and the step's own token was missing from the shortened length."""
+    host_knows(builder, {"a": 2}, ["a", "b"])
+    before = metadata([[0, 0, 7, 8], [3, 4, 5, 6]], [14, 16])
+    after = builder.build(0, before)
+    assert after.seq_lens.tolist() == [6, 16]
+    assert after.block_table_tensor[0, :2].tolist() == [7, 8]
+    assert after.block_table_tensor[1, :4].tolist() == [3, 4, 5, 6]
+    assert before.block_table_tensor[0, :4].tolist() == [0, 0, 7, 8]
+    assert before.seq_lens.tolist() == [14, 16]
+    assert after.slot_mapping is before.slot_mapping
+
+
+def test_the_host_bounds_shrink_with_the_rows_and_stay_bounds(builder: Builder) -> None:
+    host_knows(builder, {"a": 3, "b": 1, "gone": 5}, ["a", "b"])
+    after = builder.build(0, metadata([[0, 0, 0, 7, 8], [0, 4, 5]], [18, 11]))
+    assert after.seq_lens_cpu_upper_bound.tolist() == after.seq_lens.tolist() == [6, 7]
+    assert after.max_seq_len == 7
+
+
+def test_without_null_heads_every_value_is_vllms(builder: Builder) -> None:
+    before = metadata([[1, 2], [3, 4]], [7, 8])
+    after = builder.build(0, before)
+    assert after.seq_lens.tolist() == [7, 8]
+    assert after.max_seq_len == before.max_seq_len
+    assert after.seq_lens_cpu_upper_bound is before.seq_lens_cpu_upper_bound
+
+
+def test_captured_graphs_find_every_step_in_the_same_memory(builder: Builder) -> None:
+    first = builder.build(0, metadata([[1], [2]], [4, 4]))
+    second = builder.build(0, metadata([[0, 5], [6]], [8, 2]))
+    assert first.block_table_tensor.data_ptr() == second.block_table_tensor.data_ptr()
+    assert first.seq_lens.data_ptr() == second.seq_lens.data_ptr()
+    assert first.seq_lens.tolist() == [4, 2]
+
+
+def test_dummy_rows_of_a_capture_keep_at_least_one_token(builder: Builder) -> None:
+    after = builder.build(0, metadata([[0, 0, 0, 0], [0]], [16, 1]))
+    assert after.seq_lens.tolist() == [4, 1]
+    assert after.max_seq_len == 16
+
+
+def test_a_group_that_is_not_compressed_is_built_as_it_is() -> None:
+    spec = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
+    )
+    builder = Builder(spec, [], CONFIG, torch.device("cpu"))
+    before = metadata([[0, 5]], [7])
+    assert builder.build(0, before) is before
+
+
+def test_padding_rows_have_no_null_head_on_the_host(builder: Builder) -> None:
+    host_knows(builder, {"a": 1}, ["a"])
+    nulls = builder.null_heads.of_rows(metadata([[0, 5], [0], [0]], [7, 1, 1]))
+    assert np.array_equal(nulls, [1, 0, 0])
+    builder.null_heads.end_step()
+    assert not builder.null_heads.of_rows(metadata([[0, 5]], [7])).any()

@@ -14,7 +14,7 @@ import torch
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
 from triattention_vllm.engine.kv_manager import RoundPlan
-from triattention_vllm.engine.rows import write_row_v1
+from triattention_vllm.engine.rows import RowsV1
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_runner_v1_gets_the_row_in_its_state_and_in_its_batch(plan: RoundPlan) -
     runner = runner_with(rows, ["other", "planned"])
     runner.input_batch.block_table.swap_row(0, 1)
     runner.input_batch.req_id_to_index = {"planned": 0, "other": 1}
-    write_row_v1(runner, plan)
+    RowsV1(runner).write(plan)
     assert runner.requests["planned"].block_ids[0] == [0, 0, 11, 31, 15]
     assert runner.requests["other"].block_ids[0] == [21, 22]
     table = runner.input_batch.block_table[0].block_table.np
@@ -67,7 +67,7 @@ def test_runner_v1_gets_the_row_in_its_state_and_in_its_batch(plan: RoundPlan) -
 def test_runner_v1_keeps_the_row_of_a_request_that_is_out_of_the_batch(plan: RoundPlan) -> None:
     rows = {"other": [21, 22], "planned": [11, 12, 13, 14, 15]}
     runner = runner_with(rows, ["other"])
-    write_row_v1(runner, plan)
+    RowsV1(runner).write(plan)
     assert runner.requests["planned"].block_ids[0] == [0, 0, 11, 31, 15]
     assert runner.input_batch.block_table[0].block_table.np[0, :2].tolist() == [21, 22]
 
@@ -88,3 +88,4 @@ def test_runner_v2_applies_the_row_with_the_steps_own_appends() -> None:
     assert result["num_blocks"] == [0, 6, 2]
     assert result["rows"][0][:2] == [21, 22]
     assert result["rows"][1][:6] == [0, 0, 11, 31, 15, 16]
+    assert result["requests"] == ["s", "r"]

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.attention import CompressedCPUMetadataBuilder
+from triattention_vllm.engine.backends.cpu import CompressedCPUMetadataBuilder
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
 from triattention_vllm.engine.spec import CompressedAttentionSpec, compressed_specs
 from triattention_vllm.errors import SettingsError, UnsupportedError
@@ -84,7 +84,7 @@ def test_a_block_size_that_leaves_no_candidate_is_refused_before_serving() -> No
 def test_rows_of_a_sliding_window_group_are_not_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: a sliding-window row begins with nulls too, and its kernel expects them."""
     seen = []
-    parent = CompressedCPUMetadataBuilder.__mro__[1]
+    parent = CompressedCPUMetadataBuilder.__mro__[2]
     monkeypatch.setattr(parent, "build", lambda self, prefix, metadata, fast: seen.append(metadata))
     builder = CompressedCPUMetadataBuilder.__new__(CompressedCPUMetadataBuilder)
     builder.kv_cache_spec = sliding_window()

@@ -190,15 +190,16 @@ class _Recorder:
         self.num_preemptions = 0
 
     def _observe(self, rounds: Any) -> None:
-        original = rounds.run
+        original = rounds.run_batch
 
-        def run(plan: Any) -> torch.Tensor:
-            kept: torch.Tensor = original(plan)
-            self.kept.setdefault(plan.request_id, []).append(kept.clone())
-            self.boundaries.setdefault(plan.request_id, []).append(plan.nominal_boundary)
+        def run_batch(plans: Any) -> torch.Tensor:
+            kept: torch.Tensor = original(plans)
+            for plan, own in zip(plans, kept, strict=True):
+                self.kept.setdefault(plan.request_id, []).append(own.clone())
+                self.boundaries.setdefault(plan.request_id, []).append(plan.nominal_boundary)
             return kept
 
-        rounds.run = run
+        rounds.run_batch = run_batch
 
     def _watch_steps(self) -> None:
         original = self.scheduler.schedule

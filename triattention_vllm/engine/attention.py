@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from triattention_kernels import shift_rows
 from vllm.config import VllmConfig
-from vllm.v1.attention import selector
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from triattention_vllm.engine.null_heads import NullHeads
@@ -28,10 +28,9 @@ BACKENDS: dict[AttentionBackendEnum, str] = {
     AttentionBackendEnum.CPU_ATTN: f"{_BACKENDS}.cpu.CompressedCPUBackend",
     AttentionBackendEnum.FLASH_ATTN: f"{_BACKENDS}.flash_attn.CompressedFlashAttentionBackend",
     AttentionBackendEnum.TRITON_ATTN: f"{_BACKENDS}.triton_attn.CompressedTritonBackend",
-    AttentionBackendEnum.FLASHINFER: f"{_BACKENDS}.flashinfer.CompressedFlashInferBackend",
 }
 """Every backend that we subclass, by name: a class is imported when vLLM chooses it. vLLM's own
-choice among them is kept."""
+choice among them is kept; a model that gets another one is refused by the worker."""
 
 
 def override_backends() -> None:
@@ -39,7 +38,7 @@ def override_backends() -> None:
     for member, class_path in BACKENDS.items():
         register_backend(member, class_path)
     # An engine that this process built before has its choice remembered by class.
-    selector._cached_get_attn_backend.cache_clear()
+    _cached_get_attn_backend.cache_clear()
 
 
 class ShiftedRows:

@@ -142,7 +142,7 @@ def turn_on(vllm_config: VllmConfig, settings: Settings) -> None:
             f"The scheduler class is {scheduler_config.scheduler_cls}, but KV compression "
             "brings its own; leave out --scheduler-cls, or turn compression off."
         )
-    parallel_config.worker_cls = compression_worker_class(parallel_config.worker_cls)
+    parallel_config.worker_cls = compression_worker_class(parallel_config.worker_cls, os.environ)
     is_async = scheduler_config.async_scheduling
     scheduler_config.scheduler_cls = ASYNC_SCHEDULER if is_async else SCHEDULER
     vllm_config.additional_config = with_settings(

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
@@ -65,8 +66,8 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield "speculative decoding has not been verified with compression; unset its config"
     if parallel.use_ubatching:
         yield "micro-batching (DBO) splits a step that calibration reads in order; turn it off"
-    if vllm_config.use_v2_model_runner:
-        yield "model runner V2 has not been verified; set VLLM_USE_V2_MODEL_RUNNER=0"
+    if vllm_config.use_v2_model_runner and current_platform.is_cpu():
+        yield "model runner V2 does not run on the CPU; leave VLLM_USE_V2_MODEL_RUNNER unset"
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in UNQUANTISED_KV_DTYPES:
         yield f"KV dtype {cache_dtype!r} cannot be scored yet; allowed: {UNQUANTISED_KV_DTYPES}"

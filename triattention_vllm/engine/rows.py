@@ -1,30 +1,69 @@
-"""Writing a round's new row into the model runner, through each runner's own mechanism."""
+"""The model runner's rows: writing a round's new row, and whose row is where in a batch."""
 
-from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from typing import Protocol
+
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunnerV2
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner as ModelRunnerV1
 
 from triattention_vllm.engine.kv_manager import RoundPlan
 
 
-def write_row_v1(runner: GPUModelRunner, plan: RoundPlan) -> None:
-    """Model runner V1: the request's block ids, and its row where it is in the batch.
+class Rows(Protocol):
+    """The rows of one model runner."""
 
-    A request that is running but not scheduled in this step is out of the batch; vLLM makes
-    its row again from the block ids when it returns.
-    """
-    end = plan.row_start + len(plan.row_blocks)
-    block_ids = runner.requests[plan.request_id].block_ids[plan.group_id]
-    block_ids[plan.row_start : end] = plan.row_blocks
-    row_idx = runner.input_batch.req_id_to_index.get(plan.request_id)
-    if row_idx is not None:
-        rows = runner.input_batch.block_table[plan.group_id].block_table.np
-        rows[row_idx, plan.row_start : end] = plan.row_blocks
+    def write(self, plan: RoundPlan) -> None:
+        """Put the plan's row in the place of the request's old one, before the step runs."""
+
+    def requests(self, metadata: CommonAttentionMetadata) -> list[str]:
+        """The request id of each row of the batch that ``metadata`` describes, in order."""
 
 
-def write_row_v2(block_tables: BlockTables, req_idx: int, plan: RoundPlan) -> None:
-    """Model runner V2: a staged write, which vLLM applies with the step's own appends.
+class RowsV1:
+    """Model runner V1: block ids per request, and rows of the persistent batch."""
 
-    Applying it here would turn vLLM's ring of upload buffers twice in one step, while the
-    previous step may still read the older one.
-    """
-    block_tables.block_tables[plan.group_id].stage_write(req_idx, plan.row_start, plan.row_blocks)
+    def __init__(self, runner: ModelRunnerV1) -> None:
+        self._runner = runner
+
+    def write(self, plan: RoundPlan) -> None:
+        """The request's block ids, and its row where it is in the batch.
+
+        A request that is running but not scheduled in this step is out of the batch; vLLM makes
+        its row again from the block ids when it returns.
+        """
+        end = plan.row_start + len(plan.row_blocks)
+        block_ids = self._runner.requests[plan.request_id].block_ids[plan.group_id]
+        block_ids[plan.row_start : end] = plan.row_blocks
+        row_idx = self._runner.input_batch.req_id_to_index.get(plan.request_id)
+        if row_idx is not None:
+            rows = self._runner.input_batch.block_table[plan.group_id].block_table.np
+            rows[row_idx, plan.row_start : end] = plan.row_blocks
+
+    def requests(self, metadata: CommonAttentionMetadata) -> list[str]:
+        """The persistent batch, after it was condensed and reordered for this step."""
+        del metadata
+        return list(self._runner.input_batch.req_ids)
+
+
+class RowsV2:
+    """Model runner V2: staged writes into rows by request index."""
+
+    def __init__(self, runner: ModelRunnerV2) -> None:
+        self._runner = runner
+
+    def write(self, plan: RoundPlan) -> None:
+        """A staged write, which vLLM applies with the step's own appends.
+
+        Applying it here would turn vLLM's ring of upload buffers twice in one step, while the
+        previous step may still read the older one.
+        """
+        req_idx = self._runner.req_states.req_id_to_index[plan.request_id]
+        table = self._runner.block_tables.block_tables[plan.group_id]
+        table.stage_write(req_idx, plan.row_start, plan.row_blocks)
+
+    def requests(self, metadata: CommonAttentionMetadata) -> list[str]:
+        """From the request index that vLLM gives each row; dummy batches have none."""
+        if metadata.req_idx is None:
+            return []
+        names = self._runner.req_states.index_to_req_id
+        return [names.get(index, "") for index in metadata.req_idx.tolist()]

@@ -1,10 +1,10 @@
-"""vLLM's schedulers, with this step's round plans attached to what they already send.
+"""vLLM's schedulers, with this step's rounds attached to what they already send.
 
 How many blocks go is arithmetic, so nothing ever flows back from the workers: plans travel
 with the ``SchedulerOutput`` to every rank of tensor and pipeline parallelism, in order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -15,45 +15,60 @@ from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundP
 
 @dataclass
 class RoundsSchedulerOutput(SchedulerOutput):
-    """A ``SchedulerOutput`` whose workers first carry out ``round_plans``, in order."""
+    """A ``SchedulerOutput`` of a step with compressed requests.
+
+    round_plans: carried out first, in this order.
+    null_heads: KV-cache group -> request -> null blocks at the head of its row, for the
+        requests of this step that have any; so that a worker keeps no count of its own.
+    """
 
     round_plans: tuple[RoundPlan, ...] = ()
+    null_heads: dict[int, dict[str, int]] = field(default_factory=dict)
 
 
-def with_round_plans(
+def with_rounds(
     output: SchedulerOutput, managers: list[CompressedKVCacheManager]
 ) -> SchedulerOutput:
-    """Attach the plans that the managers noted during this step; without any, ``output``.
+    """Attach the plans that the managers noted during this step, and the null heads of its rows;
+    a step that has neither is returned as it is.
 
     vLLM zeroes freshly allocated blocks after the rounds ran. A block that was allocated and
     freed in this step and became a destination would be wiped, so it is taken off that list.
     """
     plans = tuple(plan for manager in managers for plan in manager.take_plans())
-    if not plans:
+    null_heads = {
+        manager.kv_cache_group_id: {
+            request_id: manager.num_null_blocks[request_id]
+            for request_id in output.num_scheduled_tokens
+            if request_id in manager.num_null_blocks
+        }
+        for manager in managers
+    }
+    if not plans and not any(null_heads.values()):
         return output
-    if output.new_block_ids_to_zero is not None:
+    if plans and output.new_block_ids_to_zero is not None:
         filled = {block for plan in plans for block in plan.destination_blocks}
         kept = [block for block in output.new_block_ids_to_zero if block not in filled]
         output.new_block_ids_to_zero = kept or None
-    return RoundsSchedulerOutput(**vars(output), round_plans=plans)
+    return RoundsSchedulerOutput(**vars(output), round_plans=plans, null_heads=null_heads)
 
 
 class CompressionScheduler(Scheduler):
-    """``Scheduler`` whose output carries round plans."""
+    """``Scheduler`` whose output carries rounds."""
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step, as vLLM schedules it, with the rounds that it started."""
         output = super().schedule(throttle_prefills)
-        return with_round_plans(output, compressed_managers(self))
+        return with_rounds(output, compressed_managers(self))
 
 
 class CompressionAsyncScheduler(AsyncScheduler):
-    """``AsyncScheduler`` whose output carries round plans."""
+    """``AsyncScheduler`` whose output carries rounds."""
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step, as vLLM schedules it, with the rounds that it started."""
         output = super().schedule(throttle_prefills)
-        return with_round_plans(output, compressed_managers(self))
+        return with_rounds(output, compressed_managers(self))
 
 
 def compressed_managers(scheduler: Scheduler) -> list[CompressedKVCacheManager]:

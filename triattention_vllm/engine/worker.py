@@ -1,6 +1,9 @@
 """vLLM's workers, with statistics at start-up and rounds before each step that planned some."""
 
-from typing import cast
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import torch
 from vllm.config import VllmConfig
@@ -10,35 +13,37 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.attention import override_backends
+from triattention_vllm.engine.attention import BACKENDS, ShiftedRows, override_backends
+from triattention_vllm.engine.null_heads import NullHeads
 from triattention_vllm.engine.refusals import refuse_unsupported_layers
 from triattention_vllm.engine.rounds import GroupRounds, group_rounds
-from triattention_vllm.engine.rows import write_row_v1
+from triattention_vllm.engine.rows import Rows, RowsV1, RowsV2
 from triattention_vllm.engine.scheduler import RoundsSchedulerOutput
 from triattention_vllm.engine.settings import settings_of
 from triattention_vllm.engine.spec import CompressedAttentionSpec, compressed_specs
 from triattention_vllm.engine.startup import startup_line
 from triattention_vllm.engine.statistics_source import StatisticsSource
+from triattention_vllm.environment import ALLOW_UNTESTED_VLLM, allows_untested_vllm
 from triattention_vllm.errors import UnsupportedError
-from triattention_vllm.log import logger
+from triattention_vllm.log import log_once, logger
+
+StepOutput: TypeAlias = ModelRunnerOutput | AsyncModelRunnerOutput | None
 
 
-class CompressionCPUWorker(CPUWorker):
-    """``CPUWorker`` that compresses."""
+class CompressionWorker(Worker):
+    """In front of a platform's worker: statistics at start-up, rounds before the steps."""
 
     def __init__(self, vllm_config: VllmConfig, *args: object, **kwargs: object) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        if torch.cpu._is_amx_tile_supported():
-            # vLLM skips its warm-up in eager mode, and a first batch of one bfloat16 token then
-            # ends in an illegal instruction.
-            torch.cpu._init_amx()
         settings = settings_of(vllm_config)
         assert settings is not None, "this worker is chosen only where compression is on"
         self.settings: Settings = settings
         self.rounds: dict[int, GroupRounds] = {}
+        self.null_heads: dict[int, NullHeads] = {}
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the model on our attention backends, then its statistics if there are any.
@@ -59,29 +64,41 @@ class CompressionCPUWorker(CPUWorker):
         return compressed_specs(super().get_kv_cache_spec(), self.settings, in_flight)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Allocate the KV cache."""
+        """Allocate the KV cache; tell the metadata builders where null heads are known."""
         super().initialize_from_config(kv_cache_config)
         self.kv_cache_config = kv_cache_config
+        runner = self.model_runner
+        self.rows: Rows = RowsV2(runner) if self.use_v2_model_runner else RowsV1(runner)
+        for group in itertools.chain.from_iterable(runner.attn_groups):
+            null_heads = self.null_heads.setdefault(group.kv_cache_group_id, NullHeads())
+            null_heads.read_rows_with(self.rows.requests)
+            for builder in group.metadata_builders:
+                if isinstance(builder, ShiftedRows):
+                    builder.null_heads = null_heads
+                elif isinstance(group.kv_cache_spec, CompressedAttentionSpec):
+                    raise UnsupportedError(
+                        f"attention backend {group.backend.get_name()} reads rows without looking "
+                        f"past their null head; choose one of {sorted(m.name for m in BACKENDS)} "
+                        "with --attention-backend, or start without --kv-compression"
+                    )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Warm up, then make the statistics if no file had them, and say what is on."""
         times = super().compile_or_warm_up_model()
         statistics = self.statistics_source.ready(self.kv_cache_config)
+        layers = self.vllm_config.compilation_config.static_forward_context
         for group_id, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            if not isinstance(group.kv_cache_spec, CompressedAttentionSpec):
-                continue
-            if not group.layer_names:
-                continue  # this pipeline stage has no layer of the group
-            layers = self.vllm_config.compilation_config.static_forward_context
-            num_heads = layers[group.layer_names[0]].num_heads
-            self.rounds[group_id] = group_rounds(
-                group,
-                layers,
-                statistics,
-                self.statistics_source.rotary_of(group.layer_names),
-                get_tensor_model_parallel_rank() * num_heads,
-                self.settings,
-            )
+            # A pipeline stage may have no layer of a group.
+            if isinstance(group.kv_cache_spec, CompressedAttentionSpec) and group.layer_names:
+                num_heads = layers[group.layer_names[0]].num_heads
+                self.rounds[group_id] = group_rounds(
+                    group,
+                    layers,
+                    statistics,
+                    self.statistics_source.rotary_of(group.layer_names),
+                    get_tensor_model_parallel_rank() * num_heads,
+                    self.settings,
+                )
         if get_world_group().rank_in_group == 0:
             logger.info(
                 startup_line(
@@ -93,32 +110,76 @@ class CompressionCPUWorker(CPUWorker):
             )
         return times
 
-    def execute_model(
-        self, scheduler_output: SchedulerOutput
-    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+    def execute_model(self, scheduler_output: SchedulerOutput) -> StepOutput:
         """Carry out this step's rounds, then vLLM's step.
 
         The forward pass, zeroing and copy-on-write all come after, so blocks that a round
         freed, and that another request may already hold, still have their tokens here.
         """
-        if isinstance(scheduler_output, RoundsSchedulerOutput):
-            for plan in scheduler_output.round_plans:
-                self.rounds[plan.group_id].run(plan)
-                write_row_v1(self.model_runner, plan)
-        return cast(
-            "ModelRunnerOutput | AsyncModelRunnerOutput | None",
-            super().execute_model(scheduler_output),
-        )
+        if not isinstance(scheduler_output, RoundsSchedulerOutput):
+            unplanned: StepOutput = super().execute_model(scheduler_output)
+            return unplanned
+        for group_id, rounds in self.rounds.items():
+            plans = [plan for plan in scheduler_output.round_plans if plan.group_id == group_id]
+            if plans:
+                rounds.run(plans)
+        for plan in scheduler_output.round_plans:
+            self.rows.write(plan)
+        for group_id, of_request in scheduler_output.null_heads.items():
+            self.null_heads[group_id].begin_step(of_request)
+        try:
+            output: StepOutput = super().execute_model(scheduler_output)
+            return output
+        finally:
+            for null_heads in self.null_heads.values():
+                null_heads.end_step()
 
 
+class CompressionCPUWorker(CompressionWorker, CPUWorker):
+    """``CPUWorker`` that compresses."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: object, **kwargs: object) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        if torch.cpu._is_amx_tile_supported():
+            # vLLM skips its warm-up in eager mode, and a first batch of one bfloat16 token then
+            # ends in an illegal instruction.
+            torch.cpu._init_amx()
+
+
+class CompressionGPUWorker(CompressionWorker):
+    """vLLM's CUDA worker that compresses; not yet run on a GPU."""
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Also run one round on the empty cache, so that no request waits for a compiler."""
+        times = super().compile_or_warm_up_model()
+        for group_id, rounds in self.rounds.items():
+            group = self.kv_cache_config.kv_cache_groups[group_id]
+            rounds.warm_up(group_id, group.kv_cache_spec.policy, self.kv_cache_config.num_blocks)
+        return times
+
+
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": f"{__name__}.CompressionCPUWorker",
+    CPU_WORKER: f"{__name__}.CompressionCPUWorker",
+    GPU_WORKER: f"{__name__}.CompressionGPUWorker",
 }
 """vLLM's worker class -> ours."""
 
 
-def compression_worker_class(worker_cls: str) -> str:
-    """Our worker in the place of the one that vLLM resolved for the platform."""
+def compression_worker_class(worker_cls: str, environ: Mapping[str, str]) -> str:
+    """Our worker in the place of the one that vLLM resolved for the platform.
+
+    Raises UnsupportedError where there is none, or where it has not been verified and the user
+    has not accepted that in the environment.
+    """
+    if worker_cls == GPU_WORKER:
+        found = "KV compression has not been verified on a GPU yet"
+        if not allows_untested_vllm(environ):
+            raise UnsupportedError(
+                f"{found}; set {ALLOW_UNTESTED_VLLM}=1 to try it, or start without --kv-compression"
+            )
+        log_once(logging.WARNING, f"{found}; continuing because {ALLOW_UNTESTED_VLLM} is set.")
     if worker_cls not in WORKERS:
         raise UnsupportedError(
             f"KV compression has no worker for {worker_cls!r}; it runs with {sorted(WORKERS)}; "
