@@ -35,6 +35,8 @@ SLICE_STEPS = 32
 # Tokens that the first request of a load generates while the last one is still prefilled.
 HEAD_START = 128
 
+RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+
 # Tried in this order until an engine starts; each start that fails is part of the result.
 WAYS: Mapping[str, Json] = {
     "compiled, full and piecewise graphs": {
@@ -102,18 +104,30 @@ class Size:
     num_steps: int
     pool_bytes: int
 
+    def needed_bytes(self, load: Load) -> int:
+        """KV cache of full attention at the end of a load."""
+        return needed_tokens(load, self.num_steps) * token_bytes(self.num_layers)
+
     @property
     def max_model_len(self) -> int:
-        """Longest context and its answer."""
-        return max(load.context for load in LOADS) + self.num_steps + 2 * HEAD_START
+        """Longest context that fits, and its answer."""
+        fitting = [load.context for load in LOADS if self.needed_bytes(load) <= self.pool_bytes]
+        return max(fitting) + self.num_steps + HEAD_START
 
 
 def size_for(total_memory: int, num_layers: int, num_steps: int) -> Size:
     """With a KV cache for each engine of what the largest load needs, or of half of what two sets
-    of weights and 8 GiB each for activations and graphs leave of the card.
+    of weights and 8 GiB each for activations and graphs leave of the card. Raises ValueError where
+    that is not enough for the smallest load.
     """
     largest = max(needed_tokens(load, num_steps) for load in LOADS) * token_bytes(num_layers)
     left = 0.92 * total_memory / 2 - weight_bytes(num_layers) - 8 * 2**30
+    smallest = min(needed_tokens(load, num_steps) for load in LOADS) * token_bytes(num_layers)
+    if left < smallest:
+        raise ValueError(
+            f"two engines of {num_layers} layers and {smallest / 2**30:.1f} GiB of KV cache each do"
+            f" not fit in {total_memory / 2**30:.0f} GiB; give fewer with --layers"
+        )
     return Size(num_layers, num_steps, int(min(largest, left)))
 
 
@@ -128,14 +142,14 @@ def side_process(log: Path, cache: Path) -> Iterator[engines.SideProcess]:
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("TRIATTENTION_")},
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        **RUNNER,
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRIATTENTION_CACHE": str(cache),
     }
     command = [sys.executable, str(HERE / "side.py")]
     pipe = subprocess.PIPE
-    with log.open("w", encoding="utf-8") as messages:
+    with log.open("a", encoding="utf-8") as messages:
         process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=messages, text=True, env=environment
         )
@@ -156,15 +170,15 @@ def last_lines(log: Path, num_lines: int = 12) -> list[str]:
     return log.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:]
 
 
-def start(stack: ExitStack, name: str, request: Json, way: str, folder: Path) -> Json:
+def start(stack: ExitStack, name: str, request: Json, way: str, logs: Path) -> Json:
     """``{"status": "started", "side": ..., "engine": ...}``, ``refused`` with its reason, or
-    ``failed`` with the engine's last words.
+    ``failed`` with the engine's last words. The process ends with ``stack``.
     """
-    log = folder / f"{name}-{list(WAYS).index(way)}.log"
+    log = logs / f"engine-{name}.log"
     arguments = request["arguments"] | WAYS[way]
     began = time.monotonic()
     own = ExitStack()
-    side = own.enter_context(side_process(log, folder / "statistics"))
+    side = own.enter_context(side_process(log, Path(request["model"], "statistics")))
     try:
         engine = side.send(request | {"arguments": arguments})
     except (RuntimeError, BrokenPipeError) as error:
@@ -178,11 +192,11 @@ def start(stack: ExitStack, name: str, request: Json, way: str, folder: Path) ->
     return {"status": "started", "way": way, "start_s": seconds, "engine": engine, "side": side}
 
 
-def start_sides(stack: ExitStack, request: Json, folder: Path, report: Json) -> Json:
+def start_sides(stack: ExitStack, request: Json, logs: Path, report: Json) -> Json:
     """Full attention first; compression in the way in which that has started."""
     sides: Json = {}
     for way in WAYS:
-        started = start(stack, "full", request | {"settings": None}, way, folder)
+        started = start(stack, "full", request | {"settings": None}, way, logs)
         side = started.pop("side", None)
         report["starts"].append({"name": "full", **started})
         if side is not None:
@@ -190,7 +204,7 @@ def start_sides(stack: ExitStack, request: Json, folder: Path, report: Json) -> 
             break
     else:
         return sides
-    started = start(stack, "compressed", request | {"settings": SETTINGS}, way, folder)
+    started = start(stack, "compressed", request | {"settings": SETTINGS}, way, logs)
     side = started.pop("side", None)
     report["starts"].append({"name": "compressed", **started})
     if side is not None:
@@ -229,6 +243,7 @@ def run(output: Path, num_layers: int, intervals: int, seconds: float, commit: s
     began = time.monotonic()
     memory = torch.cuda.get_device_properties(0).total_memory
     size = size_for(memory, num_layers, intervals * SETTINGS["interval"])
+    output.parent.mkdir(parents=True, exist_ok=True)
     report: Json = {"conditions": conditions("cuda", commit), "size": asdict(size)}
     report |= {"model": qwen3_8b(num_layers), "settings": SETTINGS}
     report |= {"starts": [], "results": [], "skipped": []}
@@ -237,7 +252,7 @@ def run(output: Path, num_layers: int, intervals: int, seconds: float, commit: s
         (folder / "config.json").write_text(json.dumps(report["model"]), encoding="utf-8")
         write_tokenizer(folder, 512)
         request = {"model": str(folder), "arguments": engine_arguments(size)}
-        sides = start_sides(stack, request, folder, report)
+        sides = start_sides(stack, request, output.parent, report)
         write(report, output)
         for load in LOADS if "full" in sides else ():
             reason = skipped_reason(load, size, began, seconds)
@@ -270,7 +285,7 @@ def engine_arguments(size: Size) -> Json:
 
 def skipped_reason(load: Load, size: Size, began: float, seconds: float) -> str | None:
     """Why a load is not measured, or None."""
-    needed = needed_tokens(load, size.num_steps) * token_bytes(size.num_layers)
+    needed = size.needed_bytes(load)
     if needed > size.pool_bytes:
         return (
             f"full attention needs {needed / 2**30:.1f} GiB of KV cache, the pool has"
@@ -283,7 +298,6 @@ def skipped_reason(load: Load, size: Size, began: float, seconds: float) -> str 
 
 def write(report: Json, output: Path) -> None:
     """As far as it is."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ from triattention_kernels import (
     Implementation,
     PagedKV,
     RoundBatch,
+    Selection,
     compact,
     fill_holes,
     score,
@@ -20,7 +21,7 @@ from triattention_kernels.traffic import RoundShape
 INTERVAL = 128  # tokens that a round evicts
 SINKS = 16  # tokens that are never candidates
 LOGICAL_LENGTH = 32_768  # tokens of a request, for the rows that are shifted
-MODE = "per_head"
+MODE: Selection = "per_head"
 
 
 @dataclass(frozen=True)

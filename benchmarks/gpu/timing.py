@@ -73,7 +73,7 @@ def device_seconds(call: Callable[[], object], device: str, queueing_s: float = 
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def synchronize(device: str) -> None:
@@ -98,7 +98,7 @@ def in_turns(
         own_turns[name] = max(1, min(num_turns, int(limit_s / (2 * max(seconds, 1e-9)))))
     times = {name: Times() for name in sides}
     for turn in range(num_turns):
-        in_order = list(sides) if turn % 2 == 0 else list(reversed(sides))
+        in_order = list(sides) if turn % 2 == 0 else [*sides][::-1]
         for name in in_order:
             own = own_turns[name]
             if (turn + 1) * own // num_turns == turn * own // num_turns:

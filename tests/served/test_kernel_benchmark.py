@@ -1,0 +1,436 @@
+"""The kernel benchmark and the GPU package, as far as they run without a GPU."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = BENCHMARKS.parent
+OPERATIONS = {
+    *("score", "select", "compact", "round"),
+    *("fill_holes", "compact_fill_holes", "shift"),
+}
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("kernels")
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu.parts")
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu.run")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_run(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--tiny", "--cpu", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+
+
+def test_a_tiny_run_checks_triton_and_reports_the_conditions_of_its_figures(tmp_path: Path) -> None:
+    output = tmp_path / "kernels.json"
+    done = tiny_run("--output", str(output), "--commit", "abc", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    report = json.loads(output.read_text(encoding="utf-8"))
+    conditions = {"date", "commit", "device", "python", "torch", "threads"}
+    assert conditions <= set(report["conditions"])
+    assert report["conditions"]["commit"] == "abc"
+    assert report["copy_bytes_per_s"] > 0
+    assert [result["num_requests"] for result in report["results"]] == [1, 2]
+    for result in report["results"]:
+        assert set(result["checks"]) == {"product", "plain", "triton"}
+        assert {check["name"] for check in result["checks"]["triton"]} == OPERATIONS - {"round"}
+        assert result["shape"]["num_destination_blocks"] == 3
+        assert set(result["operations"]) == OPERATIONS
+        for name, own in result["operations"].items():
+            assert own["product"]["device_us"]["median"] > 0
+            assert own["product"]["wall_us"]["count"] >= 1
+            assert own["bytes"] > 0
+            assert own["copy_share"] > 0
+            assert ("speedup_over_plain" in own) == (
+                name in {"score", "select", "compact", "round"}
+            )
+    table = done.stdout.splitlines()
+    assert sum(line.startswith("tiny ") for line in table) == 2 * len(OPERATIONS)
+    assert not any("NO SPEED-UP" in line for line in table)
+
+
+def run_with(kernels: ModuleType, output: Path, **wrong: Any) -> tuple[Json, Json]:
+    """The report of one request whose product has other operations, and its operations."""
+    sides = kernels.default_sides("cpu")
+    sides = replace(sides, product=replace(sides.product, **wrong))
+    size = replace(kernels.TINY, num_requests=(2,), num_turns=1)
+    report = kernels.run(size, output, "cpu", sides, seconds=100.0)
+    return report, report["results"][0]["operations"]
+
+
+def test_a_shifted_selection_suppresses_its_speed_up_and_the_rounds(
+    kernels: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = kernels.default_sides("cpu").product.select
+
+    def one_token_later(requests: Any, scores: Tensor) -> Tensor:
+        kept = right(requests, scores)
+        return torch.cat([kept[..., 1:], kept[..., -1:] + 1], dim=-1)
+
+    report, operations = run_with(kernels, tmp_path / "out.json", select=one_token_later)
+    for name in ("select", "round"):
+        assert operations[name]["refused"] == "results of select are wrong"
+        assert not any(key.startswith("speedup") for key in operations[name])
+        assert "copy_share" not in operations[name]
+    for name in ("score", "compact", "fill_holes"):
+        assert "refused" not in operations[name]
+    assert "speedup_over_plain" in operations["compact"]
+    assert len(kernels.failures(report)) == 1
+    table = capsys.readouterr().out
+    assert table.count("NO SPEED-UP: results of select are wrong") == 2
+
+
+def test_a_token_that_is_not_moved_suppresses_the_speed_up(
+    kernels: ModuleType, tmp_path: Path
+) -> None:
+    right = kernels.default_sides("cpu").product.compact
+
+    def all_but_one_value(requests: Any, kept: Tensor) -> None:
+        block = requests.batch.destination_blocks[-1, -1]
+        before = requests.kv.values[-1, block, -1, -1, 0, -1, 0].clone()
+        right(requests, kept)
+        requests.kv.values[-1, block, -1, -1, 0, -1, 0] = before
+
+    _, operations = run_with(kernels, tmp_path / "out.json", compact=all_but_one_value)
+    assert operations["compact"]["refused"] == "results of compact are wrong"
+    assert "refused" in operations["round"]
+    assert "refused" in operations["compact_fill_holes"]
+    assert "refused" not in operations["select"]
+
+
+def test_scores_in_half_precision_suppress_the_speed_up(
+    kernels: ModuleType, tmp_path: Path
+) -> None:
+    right = kernels.default_sides("cpu").product.score
+    _, operations = run_with(
+        kernels, tmp_path / "out.json", score=lambda requests: right(requests).bfloat16().float()
+    )
+    assert operations["score"]["refused"] == "results of score are wrong"
+    assert "speedup_over_plain" not in operations["score"]
+    assert "speedup_over_plain" in operations["select"]
+
+
+def test_wrong_rows_and_holes_are_found(kernels: ModuleType, tmp_path: Path) -> None:
+    report, operations = run_with(
+        kernels,
+        tmp_path / "out.json",
+        shift=lambda requests: None,
+        fill_holes=lambda requests, kept: kept,
+    )
+    assert "refused" in operations["shift"]
+    assert "refused" in operations["fill_holes"]
+    failures = kernels.failures(report)
+    assert [failure.split(": ", 1)[1] for failure in failures] == [
+        "product fill_holes: differs from torch",
+        "product shift: differs from torch",
+    ]
+
+
+def test_a_wrong_alternative_is_not_compared_with(kernels: ModuleType, tmp_path: Path) -> None:
+    sides = kernels.default_sides("cpu")
+    lazy = replace(sides.plain, compact=lambda requests, kept: None)
+    size = replace(kernels.TINY, num_requests=(1,), num_turns=1)
+    output = tmp_path / "out.json"
+    report = kernels.run(size, output, "cpu", replace(sides, plain=lazy), seconds=100.0)
+    operations = report["results"][0]["operations"]
+    assert "speedup_over_plain" not in operations["compact"]
+    assert "speedup_over_plain" not in operations["round"]
+    assert "speedup_over_plain" in operations["score"]
+
+
+def test_shapes_without_time_are_listed(kernels: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    report = kernels.run(kernels.TINY, output, "cpu", kernels.default_sides("cpu"), seconds=-1.0)
+    assert report["results"] == []
+    assert [shape["num_requests"] for shape in report["skipped"]] == [1, 2]
+    assert all("--seconds" in shape["reason"] for shape in report["skipped"])
+    assert json.loads(output.read_text(encoding="utf-8"))["skipped"] == report["skipped"]
+
+
+def test_a_budget_without_survivors_is_refused(kernels: ModuleType) -> None:
+    with pytest.raises(ValueError, match="the smallest is 160"):
+        kernels.round_shape(kernels.MODELS[0], 144, 1)
+    assert kernels.round_shape(kernels.MODELS[0], 160, 1).num_destination_blocks == 1
+
+
+def write_wheel(path: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+@pytest.fixture
+def site(parts: ModuleType, tmp_path: Path) -> Path:
+    """What is left of two small wheels."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    write_wheel(
+        wheels / "vllm-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl",
+        {
+            "vllm/__init__.py": b"",
+            "vllm/_C_stable_libtorch.abi3.so": os.urandom(2000),
+            "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": b"f" * 3000,
+            "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so": b"not needed",
+            "vllm/third_party/cutlass/matrix.hpp": b"not needed",
+            "vllm/kernels/config.json": b"{}",
+            "vllm-0.32.0.dist-info/METADATA": b"Name: vllm",
+        },
+    )
+    write_wheel(
+        wheels / "small-1.0-py3-none-any.whl",
+        {
+            "small/part.so": b"s",
+            "small-1.0.dist-info/METADATA": b"Name: small",
+            "small-1.0.data/scripts/tool": b"not needed",
+        },
+    )
+    root = tmp_path / "site"
+    parts.unzip_wheels(wheels.glob("*.whl"), root)
+    return root
+
+
+def test_the_wheels_files_travel_unmodified_in_two_folders(
+    parts: ModuleType, site: Path, tmp_path: Path
+) -> None:
+    names = sorted(parts.files_under(site))
+    assert names == [
+        "small-1.0.dist-info/METADATA",
+        "small/part.so",
+        "vllm-0.32.0.dist-info/METADATA",
+        "vllm/_C_stable_libtorch.abi3.so",
+        "vllm/__init__.py",
+        "vllm/kernels/config.json",
+        "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so",
+    ]
+    first, second = parts.split(names)
+    assert first == ["vllm/_C_stable_libtorch.abi3.so"]
+    assert sorted(first + second) == names
+    for part, own in (("first", first), ("second", second)):
+        manifest = parts.pack(site, own, tmp_path / part)
+        again = parts.pack(site, own, tmp_path / f"{part}-again")
+        assert list(manifest["files"]) == sorted(own)
+        assert manifest == again
+    there = tmp_path / "there"
+    assert parts.unpack([tmp_path / "second"], there) == 6
+    assert parts.unpack([tmp_path / "first"], there) == 1
+    for name in names:
+        assert (there / name).read_bytes() == (site / name).read_bytes()
+
+
+def test_a_damaged_part_is_refused(parts: ModuleType, site: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "part"
+    parts.pack(site, ["vllm/_C_stable_libtorch.abi3.so"], folder)
+    archive = folder / "part.tar.xz"
+    archive.write_bytes(archive.read_bytes()[:-8] + b"damaged!")
+    with pytest.raises(ValueError, match="carry it again"):
+        parts.unpack([folder], tmp_path / "there")
+
+
+def test_a_folder_that_is_too_large_is_refused(
+    parts: ModuleType, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "LIMIT_BYTES", 1000)
+    with pytest.raises(ValueError, match="can be carried"):
+        parts.pack(site, ["vllm/_C_stable_libtorch.abi3.so"], tmp_path / "part")
+
+
+def test_a_wheel_of_another_build_is_refused(parts: ModuleType) -> None:
+    with pytest.raises(ValueError, match="not the CUDA build"):
+        parts.split(["vllm/__init__.py"])
+
+
+def test_every_package_is_listed_once_with_its_version(parts: ModuleType) -> None:
+    listed = parts.requirements_of(parts.PACKAGES)
+    assert len(listed) > 30
+    assert all(requirement.count("==") == 1 for requirement in listed)
+    names = [requirement.split("==")[0] for requirement in listed]
+    assert len(set(names)) == len(names)
+
+
+def stage_of(stages: ModuleType, name: str, code: str, **changes: Any) -> Any:
+    def command(folder: Path, seconds: float) -> list[str]:
+        return ["-c", code.replace("FOLDER", str(folder))]
+
+    return stages.Stage(
+        name, command, **{"share": 1, "result": None, "exits": {0: "passed"}} | changes
+    )
+
+
+def test_a_stage_that_fails_or_hangs_stops_nothing(stages: ModuleType, tmp_path: Path) -> None:
+    writes = "open('FOLDER/kernels.json', 'w').write('{\"results\": [1]}'); import time; "
+    listed = (
+        stage_of(stages, "tests", "raise SystemExit(5)"),
+        stage_of(stages, "kernels", writes + "time.sleep(60)", share=0.5, result="kernels.json"),
+        stage_of(stages, "engine", "import triattention_kernels, gpu.parts; print('here')"),
+    )
+    summary = stages.run(listed, tmp_path, 0.3, None, {})
+    found = summary["stages"]
+    assert found["tests"]["status"] == "failed with exit code 5"
+    assert found["kernels"]["status"].startswith("stopped after")
+    assert found["kernels"]["result"] == {"results": [1]}
+    assert found["engine"]["status"] == "passed"
+    assert found["engine"]["last_lines"] == ["here"]
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
+
+
+def test_a_refusal_of_the_engine_is_shown_in_the_table(stages: ModuleType) -> None:
+    start = {"name": "compressed", "way": "eager", "status": "refused", "reason": "no worker for X"}
+    stage = {"status": "refused", "seconds": 3.0, "result": {"starts": [start]}}
+    assert "compressed (eager) refused: no worker for X" in stages.table_of(
+        {"stages": {"engine": stage}}
+    )
+
+
+def test_a_plain_clone_has_the_plugins_entry_point(stages: ModuleType, tmp_path: Path) -> None:
+    folder = stages.write_entry_point(tmp_path / "metadata")
+    code = (
+        "from importlib.metadata import entry_points\n"
+        "print(*{e.value for e in entry_points(group='vllm.general_plugins')"
+        " if e.name == 'triattention_vllm'})"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT, ROOT / "kernels")))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.stdout.strip() == "triattention_vllm.plugin:register", done.stderr
+
+
+@pytest.fixture
+def decode(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu.decode")
+
+
+def test_the_pools_of_two_engines_fit_beside_their_weights(decode: ModuleType) -> None:
+    assert decode.weight_bytes(36) / 2 == pytest.approx(8.19e9, rel=0.01)  # parameters
+    assert decode.token_bytes(36) == 147_456
+    large = decode.size_for(140 << 30, 36, 384)
+    assert decode.needed_tokens(decode.Load(32_768, 8), 384) * 147_456 <= large.pool_bytes
+    small = decode.size_for(80 << 30, 36, 384)
+    assert small.pool_bytes + decode.weight_bytes(36) < 40 << 30
+    assert small.max_model_len == 32_768 + 384 + 128
+    assert decode.size_for(56 << 30, 36, 384).max_model_len == 8192 + 384 + 128
+    assert decode.size_for(34 << 30, 12, 384).pool_bytes > 0
+    reason = decode.skipped_reason(decode.Load(32_768, 8), small, 0.0, 1e9)
+    assert reason is not None
+    assert "full attention needs" in reason
+    with pytest.raises(ValueError, match="give fewer with --layers"):
+        decode.size_for(24 << 30, 36, 384)
+    assert decode.size_for(40 << 30, 8, 384).pool_bytes > 0
+
+
+def test_a_start_that_fails_is_tried_in_the_next_way_and_kept(
+    decode: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ways = list(decode.WAYS)
+
+    def start(stack: Any, name: str, request: Json, way: str, logs: Path) -> Json:
+        if name == "compressed":
+            return {"status": "refused", "way": way, "reason": "no worker"}
+        status = "failed" if way == ways[0] else "started"
+        return {"status": status, "way": way} | ({"side": 1} if status == "started" else {})
+
+    monkeypatch.setattr(decode, "start", start)
+    report: Json = {"starts": []}
+    assert decode.start_sides(None, {}, tmp_path, report) == {"full": 1}
+    found = [(start["name"], start["status"], start["way"]) for start in report["starts"]]
+    assert found == [
+        ("full", "failed", ways[0]),
+        ("full", "started", ways[1]),
+        ("compressed", "refused", ways[1]),
+    ]
+
+
+@pytest.fixture
+def tiny_request(decode: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Json:
+    """For ``decode.start``: an engine that the CPU build serves."""
+    from triattention_vllm.tools.tiny_model import write_tiny_model
+
+    paths = [str(BENCHMARKS), str(ROOT), str(ROOT / "kernels")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setattr(decode, "RUNNER", {})  # the CPU build runs V1 only
+    model = write_tiny_model(tmp_path / "model", num_layers=2, hidden_size=128, head_dim=32)
+    arguments = {
+        "dtype": "float32",
+        "block_size": 32,
+        "kv_cache_memory_bytes": 8 << 20,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 512,
+        "disable_log_stats": True,
+    }
+    return {"model": str(model), "arguments": arguments}
+
+
+def test_two_engines_decode_in_turns(
+    decode: ModuleType, tiny_request: Json, tmp_path: Path
+) -> None:
+    compressed = {"method": "triattention", "budget": 256, "interval": 32, "window": 32}
+    size = decode.Size(num_layers=2, num_steps=64, pool_bytes=8 << 20)
+    with ExitStack() as stack:
+        sides = {}
+        for name, settings in (("full", None), ("compressed", compressed)):
+            request = tiny_request | {"settings": settings}
+            started = decode.start(stack, name, request, "eager", tmp_path)
+            assert started["status"] == "started", started
+            assert started["engine"]["worker"].endswith("CPUWorker")
+            assert started["engine"]["model_runner_v2"] is False
+            sides[name] = started["side"]
+        result = decode.measure(sides, size, decode.Load(512, 2))
+    assert result["compressed"]["rounds"] > 0
+    assert result["compressed"]["most_blocks_held"] < result["full"]["most_blocks_held"]
+    assert result["speedup"] > 0
+    assert "tokens/s" in decode.line_of(result)
+
+
+def test_a_refusal_and_a_broken_start_are_told_apart(
+    decode: ModuleType, tiny_request: Json, tmp_path: Path
+) -> None:
+    """As on CUDA while there is no worker for it."""
+    with ExitStack() as stack:
+        refused = tiny_request | {"settings": {"budget": -1}}
+        found = decode.start(stack, "compressed", refused, "eager", tmp_path)
+        assert found["status"] == "refused"
+        assert "budget" in found["reason"]
+        broken = tiny_request | {"model": str(tmp_path / "gone"), "settings": None}
+        found = decode.start(stack, "full", broken, "eager", tmp_path)
+        assert found["status"] == "failed"
+        assert found["log"]
