@@ -10,7 +10,7 @@ export DO_NOT_TRACK := 1
 export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm
 export TRIATTENTION_CACHE := $(CURDIR)/.cache/triattention
 
-.PHONY: install test lint format demo bench clean
+.PHONY: install test test-gpu lint format demo bench clean
 
 install: $(STAMP)
 
@@ -32,6 +32,12 @@ format: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+# On a CUDA machine: uses the packages that are there and installs nothing.
+GPU_PYTHON ?= python3
+
+test-gpu:
+	$(GPU_PYTHON) benchmarks/gpu/run.py
 
 demo: install
 	$(BIN)/triattention demo

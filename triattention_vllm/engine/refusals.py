@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
@@ -66,7 +65,7 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield "speculative decoding has not been verified with compression; unset its config"
     if parallel.use_ubatching:
         yield "micro-batching (DBO) splits a step that calibration reads in order; turn it off"
-    if vllm_config.use_v2_model_runner and current_platform.is_cpu():
+    if vllm_config.use_v2_model_runner and vllm_config.device_config.device_type == "cpu":
         yield "model runner V2 does not run on the CPU; leave VLLM_USE_V2_MODEL_RUNNER unset"
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in UNQUANTISED_KV_DTYPES:
