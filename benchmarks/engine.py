@@ -241,6 +241,24 @@ def line_of(result: Json) -> str:
     )
 
 
+def markdown_table(report: Json) -> str:
+    """The figures of a report as the README shows them."""
+    rows = [
+        "| context x requests | decode step, full | compressed | blocks held, full | compressed "
+        "| rounds' share of decode |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in report["results"]:
+        full, ours = result["full"], result["compressed"]
+        rows.append(
+            f"| {result['context'] // 1024}k x {result['num_requests']} "
+            f"| {full['step_ms']['median']:.1f} ms | {ours['step_ms']['median']:.1f} ms "
+            f"| {full['most_blocks_held']} | {ours['most_blocks_held']} "
+            f"| {ours['rounds_share_of_decode']:.1%} |"
+        )
+    return "\n".join(rows)
+
+
 def run(size: Size, output: Path) -> None:
     """Measure every load and write ``output``."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
