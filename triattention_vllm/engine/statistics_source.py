@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from torch import nn
-from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from triattention_vllm.config import Settings
@@ -15,11 +14,11 @@ from triattention_vllm.engine.fingerprint import model_fingerprint
 from triattention_vllm.engine.ranks import from_first_rank, is_first_rank
 from triattention_vllm.engine.rotary import read_rotary
 from triattention_vllm.errors import StatisticsError
+from triattention_vllm.log import logger
 from triattention_vllm.method.rope import Rotary
 from triattention_vllm.method.statistics import Fingerprint, Statistics, import_published
 from triattention_vllm.texts import shipped_text
 
-logger = init_logger(__name__)
 T = TypeVar("T")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -84,15 +85,14 @@ def explain_unreadable(path: str, error: OSError | SafetensorError) -> Statistic
 
 def _replace_file(target: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
+    with ExitStack() as undo:
+        undo.callback(os.unlink, temporary)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        undo.pop_all()
 
 
 def _check_metadata(metadata: dict[str, str]) -> None:
