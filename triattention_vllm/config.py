@@ -14,6 +14,7 @@ ADDITIONAL_CONFIG_KEY = "kv_compression"
 ENVIRONMENT_PREFIX = "TRIATTENTION_"
 
 Selection = Literal["per_head", "per_layer_per_head", "union"]
+Compaction = Literal["repack", "fill_holes"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,15 @@ class Settings:
             "Who shares one choice of kept tokens: a KV head across layers, nobody, or all.",
             (str,),
             choices=get_args(Selection),
+        ),
+    )
+    compaction: Compaction = _described(
+        "repack",
+        Description(
+            "How survivors are moved: all in order, or only those behind the kept blocks, into "
+            "the holes of the evicted; the second moves far fewer bytes.",
+            (str,),
+            choices=("repack", "fill_holes"),
         ),
     )
     when: str = _described(

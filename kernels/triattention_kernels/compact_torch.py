@@ -1,6 +1,8 @@
 """The specification of ``compact``, and its path where there is no GPU."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,17 +41,38 @@ def as_integers(view: Tensor) -> Tensor:
 
 
 def move(views: list[Tensor], batch: RoundBatch, kept: Tensor) -> None:
-    """``compact`` for some of the layers."""
-    moves: list[tuple[Tensor, list[int], Tensor]] = []
+    """``compact`` for some of the layers. Everything is read before anything is written."""
+    writes: list[Callable[[], None]] = []
     for request_idx, num_destination in enumerate(batch.num_destination_blocks):
         num_source = batch.num_source_blocks[request_idx]
         source: list[int] = batch.source_blocks[request_idx, :num_source].tolist()
         destination: list[int] = batch.destination_blocks[request_idx, :num_destination].tolist()
+        tokens = kept[request_idx, ..., : num_destination * block_size(views[0])]
+        moved = tokens != torch.arange(tokens.shape[-1], device=tokens.device)
+        few = destination == source[:num_destination] and 4 * int(moved.sum()) < moved.numel()
         for view in views:
-            tokens = kept[request_idx, ..., : num_destination * view.shape[3] * view.shape[4]]
-            moves.append((view, destination, read_tokens(view, source, tokens)))
-    for view, blocks, content in moves:
-        write_blocks(view, blocks, content)
+            if few:
+                places = moved.nonzero(as_tuple=True)
+                content = view[slots_of(view, source, (*places[:2], tokens[places]))]
+                writes.append(partial(view.__setitem__, slots_of(view, source, places), content))
+            else:
+                content = read_tokens(view, source, tokens)
+                writes.append(partial(write_blocks, view, destination, content))
+    for write in writes:
+        write()
+
+
+def block_size(view: Tensor) -> int:
+    """Tokens a block holds."""
+    return view.shape[3] * view.shape[4]
+
+
+def slots_of(view: Tensor, blocks: list[int], places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Index of single tokens in a view: places (layer, head, token of ``blocks``), each [n]."""
+    layer, head, token = places
+    block = torch.tensor(blocks, device=token.device)[token // block_size(view)]
+    slot = token % block_size(view)
+    return layer, block, head, slot // view.shape[4], slot % view.shape[4]
 
 
 def read_tokens(view: Tensor, source: list[int], tokens: Tensor) -> Tensor:

@@ -175,6 +175,29 @@ def test_a_prompt_of_eight_budgets_is_compressed_while_it_is_prefilled(
     assert_pool_is_as_at_the_start(run)
 
 
+def test_filling_holes_evicts_the_same_tokens_as_the_repack_in_order(
+    model_folder: ModelFolder, text: str
+) -> None:
+    """Where a key lies does not matter to attention: only the order of its sums changes."""
+    folder, prompt = model_folder("qwen3"), random_prompt(50, 1)
+    settings = {**SMALL, "calibration_text": text}
+    repack, holes = (
+        run_engine(
+            folder, [prompt], 300, {**settings, "compaction": compaction}, max_model_len=1024
+        )
+        for compaction in ("repack", "fill_holes")
+    )
+    (one,), (other,) = repack.requests, holes.requests
+    assert len(one.kept) >= 6
+    assert one.boundaries == other.boundaries
+    assert torch.equal(one.kept[0], other.kept[0])
+    assert one.token_ids == other.token_ids
+    chosen = one.token_ids[one.num_prompt :]
+    for token, position, also in zip(chosen, one.logprobs, other.logprobs, strict=True):
+        assert position[token] == pytest.approx(also[token], abs=FLOAT32_ERROR)
+    assert_pool_is_as_at_the_start(holes)
+
+
 def test_below_the_trigger_nothing_differs_from_vllm_without_the_plugin(
     model_folder: ModelFolder, text: str
 ) -> None:

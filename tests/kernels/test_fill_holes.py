@@ -91,6 +91,43 @@ def test_the_destination_blocks_hold_exactly_the_kept_tokens(make_batch):
     assert stayed == len(in_range)
 
 
+def tokens_of(view: Tensor, block: int) -> Tensor:
+    """One block's tokens [L, H_kv, block_size, D], whatever the layout."""
+    one = view[:, block]  # [L, H_kv, S1, S2, D1, D2]
+    return one.flatten(4).flatten(2, 3).clone()
+
+
+@pytest.mark.parametrize("layout", ["plain", "vec", "amx"])
+def test_few_holes_are_filled_in_place_in_every_layout(layout, make_batch):
+    """Most tokens stay: only single tokens are read and written."""
+    num_layers, num_kv_heads, block_size, head_dim = 2, 3, 32, 16
+    batch = replace(make_batch([[4, 1, 3]], [[4, 1]], [0]), moves_forward=True)
+    generator = torch.Generator().manual_seed(1)
+    shape = (num_layers, 5, num_kv_heads, block_size, 2 * head_dim)
+    blocks = torch.randn(shape, generator=generator)
+    make = {"plain": PagedKV.from_blocks, "vec": None, "amx": None}[layout]
+    kv = make(blocks) if make else PagedKV.from_cpu_layout(blocks, layout)
+    num_kept = 2 * block_size
+    sets = num_layers * num_kv_heads
+    evicted = torch.stack([torch.randperm(num_kept, generator=generator)[:5] for _ in range(sets)])
+    later = (num_kept + torch.arange(5)).expand(sets, -1)
+    kept = torch.arange(num_kept).repeat(sets, 1).scatter(1, evicted, later)
+    order = fill_holes(
+        kept.sort(1).values.view(1, num_layers, num_kv_heads, num_kept), batch, block_size
+    )
+    region = [
+        torch.cat([tokens_of(view, b) for b in (4, 1, 3)], 2) for view in (kv.keys, kv.values)
+    ]
+    untouched = [tokens_of(view, 2) for view in (kv.keys, kv.values)]
+    compact(kv, batch, order)
+    for view, before, other in zip((kv.keys, kv.values), region, untouched, strict=True):
+        index = order[0].unsqueeze(-1).expand(-1, -1, -1, head_dim)
+        after = torch.cat([tokens_of(view, b) for b in (4, 1)], 2)
+        assert torch.equal(after, before.gather(2, index))
+        assert torch.equal(tokens_of(view, 3), before[:, :, num_kept:])
+        assert torch.equal(tokens_of(view, 2), other)
+
+
 def test_kept_tokens_of_a_wrong_shape_are_refused(make_batch):
     batch = make_batch([[1, 2, 3]], [[1, 2]], [0])
     with pytest.raises(ArgumentError, match=r"kept has shape \[1, 1, 1, 3\]"):

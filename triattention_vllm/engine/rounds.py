@@ -30,6 +30,7 @@ class GroupRounds:
         self.kv = kv
         self.scorer = scorer
         self.selection = settings.selection
+        self.compaction = settings.compaction
 
     def run(self, plans: Sequence[RoundPlan]) -> None:
         """Score, select and compact; plans in the order in which they were decided.
@@ -57,7 +58,7 @@ class GroupRounds:
             moves_forward=True,
         )
         boundaries = [plan.nominal_boundary for plan in plans]
-        return run_rounds(self.kv, batch, boundaries, self.scorer, self.selection)
+        return run_rounds(self.kv, batch, boundaries, self.scorer, self.selection, self.compaction)
 
     def warm_up(self, group_id: int, policy: Policy, num_blocks: int) -> None:
         """One round of the first blocks onto themselves, which no request may hold yet."""

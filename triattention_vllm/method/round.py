@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from triattention_kernels import PagedKV, RoundBatch, Selection, compact, score, select
+from triattention_kernels import PagedKV, RoundBatch, Selection, compact, fill_holes, score, select
 
+from triattention_vllm.config import Compaction
 from triattention_vllm.method.score_triattention import TriAttentionScorer
 
 
@@ -14,6 +15,7 @@ def run_rounds(
     boundaries: Sequence[int],
     scorer: TriAttentionScorer,
     selection: Selection,
+    compaction: Compaction,
 ) -> torch.Tensor:
     """Evict the lowest-scored candidates of every request in the batch, in place.
 
@@ -31,5 +33,6 @@ def run_rounds(
         rotary_dim=scorer.rotary_dim,
     )
     kept = select(scores, batch, kv.block_size, kv.num_kv_heads, selection)
-    compact(kv, batch, kept)
+    in_order = compaction == "repack"
+    compact(kv, batch, kept if in_order else fill_holes(kept, batch, kv.block_size))
     return kept
