@@ -24,26 +24,29 @@ def moves_forward(source_rows: BlockRows, destination_rows: BlockRows) -> bool:
 
 
 def forward_groups(source_rows: BlockRows, destination_rows: BlockRows) -> list[range]:
-    """Runs of consecutive requests, each of which ``moves_forward``; to be executed in order.
+    """Runs of consecutive requests, to be executed in order; each of them ``moves_forward``, or
+    is a single request that does not.
 
     A later request may write what an earlier one reads: blocks that a round released may be
-    given out again within one step. It then begins a new run. Raises ArgumentError where no
-    order of launches is right: a request that reads what an earlier one writes, or that shifts
-    its own blocks.
+    given out again within one step. It then begins a new run. A request that was given blocks
+    of its own again, at other places, is a run of its own. Raises ArgumentError where no order
+    of launches is right: a request that reads what an earlier one writes.
     """
     groups: list[range] = []
     start = 0
     read_since_start: set[int] = set()
     written: set[int] = set()
+    alone = False  # whether the current run takes no further request
     for idx, (source, destination) in enumerate(zip(source_rows, destination_rows, strict=True)):
-        if written.intersection(source) or not moves_forward([source], [destination]):
+        if written.intersection(source):
             raise ArgumentError(
                 f"request {idx} reads blocks {list(source)} and writes {list(destination)} after"
                 f" blocks {sorted(written)} were written: it would read what has been overwritten."
                 " Give the rounds in the order of their planning, or one RoundBatch without"
                 " moves_forward"
             )
-        if read_since_start.intersection(destination):
+        was_alone, alone = alone, not moves_forward([source], [destination])
+        if idx > start and (alone or was_alone or read_since_start.intersection(destination)):
             groups.append(range(start, idx))
             start = idx
             read_since_start = set()

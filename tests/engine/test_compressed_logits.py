@@ -275,6 +275,28 @@ def test_preempted_requests_finish_and_give_everything_back(
     assert_pool_is_as_at_the_start(run)
 
 
+def test_a_round_in_a_full_pool_takes_its_own_released_blocks_again(
+    model_folder: ModelFolder, reference: Callable[[Path], DenseReference], text: str
+) -> None:
+    """The first round needs private blocks for hashed ones, and only its own are left."""
+    folder = model_folder("qwen3")
+    run = run_engine(
+        folder,
+        [random_prompt(20, 4)],
+        300,
+        {**SMALL, "calibration_text": text},
+        max_model_len=1024,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=8,
+    )
+    (request,) = run.requests
+    result = replayed(run, request, reference(folder), Settings(**SMALL))
+    assert len(result.rounds) >= 5
+    assert largest_error(request, result.logprobs) < FLOAT32_ERROR
+    assert run.num_preemptions == 0
+    assert_pool_is_as_at_the_start(run)
+
+
 def test_max_model_len_may_exceed_the_pool(model_folder: ModelFolder, text: str) -> None:
     folder = model_folder("qwen3")
     run = run_engine(

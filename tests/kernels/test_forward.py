@@ -58,5 +58,11 @@ def test_every_group_moves_forward_and_none_begins_too_early(data):
 def test_an_order_in_which_writes_come_before_reads_is_refused():
     with pytest.raises(ArgumentError, match="request 1 reads blocks .*order of their planning"):
         forward_groups([[4, 5], [1, 2, 3]], [[3], [1, 2]])
-    with pytest.raises(ArgumentError, match="request 0 reads blocks"):
-        forward_groups([[1, 2]], [[2]])
+
+
+def test_a_round_that_takes_its_own_blocks_again_is_a_launch_of_its_own():
+    sources = [[1, 2], [3, 4, 5], [6, 7]]
+    destinations = [[1], [9, 3], [6]]  # the second request got its first block as its second
+    assert forward_groups(sources, destinations) == [range(1), range(1, 2), range(2, 3)]
+    assert not moves_forward(sources[1:2], destinations[1:2])
+    assert forward_groups([[1, 2]], [[2]]) == [range(1)]

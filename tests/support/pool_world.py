@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+from triattention_kernels import forward_groups
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -107,6 +108,10 @@ class PoolWorld:
             self.waiting.pop(0)
         plans = self.manager.take_plans()
         self.plans += plans
+        # Raises where no order of launches would read everything before it is overwritten.
+        forward_groups(
+            [plan.source_blocks for plan in plans], [plan.destination_blocks for plan in plans]
+        )
         for plan in plans:
             self._run(plan)
         for live, num_new in scheduled:

@@ -5,7 +5,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from triattention_kernels import PagedKV, RoundBatch, forward_groups
+from triattention_kernels import PagedKV, RoundBatch, forward_groups, moves_forward
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec
@@ -36,8 +36,9 @@ class GroupRounds:
         """Score, select and compact; plans in the order in which they were decided.
 
         A later plan may write what an earlier one reads, when a released block was given out
-        again within the step; it then waits for the earlier batch. On the CPU each plan is a
-        batch of its own, which bounds the scratch memory by one region.
+        again within the step; it then waits for the earlier batch. In a full pool a plan may
+        have got its own blocks again, at other places. On the CPU each plan is a batch of its
+        own, which bounds the scratch memory by one region.
         """
         sources = [plan.source_blocks for plan in plans]
         destinations = [plan.destination_blocks for plan in plans]
@@ -55,7 +56,9 @@ class GroupRounds:
             num_source_blocks=tuple(len(plan.source_blocks) for plan in plans),
             num_destination_blocks=tuple(len(plan.destination_blocks) for plan in plans),
             first_candidate=tuple(plan.first_candidate for plan in plans),
-            moves_forward=True,
+            moves_forward=moves_forward(
+                [plan.source_blocks for plan in plans], [plan.destination_blocks for plan in plans]
+            ),
         )
         boundaries = [plan.nominal_boundary for plan in plans]
         return run_rounds(self.kv, batch, boundaries, self.scorer, self.selection, self.compaction)

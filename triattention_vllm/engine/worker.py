@@ -125,8 +125,8 @@ class CompressionWorker(Worker):
                 rounds.run(plans)
         for plan in scheduler_output.round_plans:
             self.rows.write(plan)
-        for group_id, of_request in scheduler_output.null_heads.items():
-            self.null_heads[group_id].begin_step(of_request)
+        for group_id, null_heads in self.null_heads.items():
+            null_heads.begin_step(scheduler_output.null_heads.get(group_id, {}))
         try:
             output: StepOutput = super().execute_model(scheduler_output)
             return output
