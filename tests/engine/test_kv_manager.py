@@ -213,3 +213,22 @@ def test_the_plan_of_a_request_that_the_same_step_preempts_is_dropped() -> None:
     world.finish("r")
     assert world.manager.take_plans() == []
     world.check_invariants()
+
+
+def test_a_prompt_does_not_wait_for_the_room_that_its_own_hit_takes() -> None:
+    """Each prompt goes on where the last one ended and is computed in one step, so no round ever
+    frees anything and the hit grows until it fills a pool that is smaller than the prompt."""
+    world = PoolWorld(SMALL, 4, 25, max_batched=8)
+    longest_hit = 0
+    for length in range(9, 160, 4):
+        world.add(f"turn {length}", prompt_of(0, length))
+        for _ in range(20):
+            world.step()
+            world.check_invariants()
+            live = world.live.get(f"turn {length}")
+            if live is not None and live.request.num_computed_tokens >= length:
+                break
+        assert live is not None, f"the prompt of {length} tokens waits in an empty pool"
+        longest_hit = max(longest_hit, live.num_hits)
+        world.finish(f"turn {length}")
+    assert longest_hit >= SMALL.budget

@@ -33,6 +33,7 @@ class Live:
     cached: list[Token] = field(default_factory=list)
     num_rounds: int = 0
     in_flight: list[int] = field(default_factory=list)
+    num_hits: int = 0
 
 
 class PoolWorld:
@@ -164,6 +165,7 @@ class PoolWorld:
         if got is None:
             return False
         request.num_computed_tokens = num_hits
+        live.num_hits = num_hits
         request.status = RequestStatus.RUNNING
         live.cached = [self._token(request, position) for position in range(num_hits)]
         self.live[request.request_id] = live

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
@@ -65,6 +66,40 @@ class CompressedKVCacheManager(FullAttentionManager):
         self.num_null_blocks: dict[str, int] = {}
         self.pending_plans: dict[str, RoundPlan] = {}
         self.num_deferred_rounds = 0
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Sequence[bytes],
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: "CompressedAttentionSpec",
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """vLLM's hit, where it is so long that it may fill the pool only its beginning.
+
+        A request holds its whole hit until its first round, a step later. In a pool that is
+        smaller than its prompt it would wait for the room that its own hit takes, for ever.
+        """
+        most = kv_cache_spec.max_hit_tokens(block_pool.get_num_free_blocks())
+        return cast(
+            tuple[tuple[list[KVCacheBlock], ...], int],
+            super().find_longest_cache_hit(
+                block_hashes,
+                max_length if most is None else min(max_length, most),
+                kv_cache_group_ids,
+                block_pool,
+                kv_cache_spec,
+                drop_eagle_block,
+                alignment_tokens,
+                dcp_world_size,
+                pcp_world_size,
+            ),
+        )
 
     def remove_skipped_blocks(
         self,
