@@ -38,6 +38,7 @@ def engine_config(
         model_config=SimpleNamespace(max_model_len=max_model_len, skip_tokenizer_init=True),
         num_lookahead_tokens=num_lookahead_tokens,
         num_speculative_tokens=0,
+        speculative_config=None,
     )
 
 
@@ -70,6 +71,13 @@ def test_the_longest_segment_obeys_step_model_and_pool() -> None:
     assert longest_segment(engine_config(), pool(21, 16, 16)) <= 160
     with pytest.raises(StatisticsError, match="KV cache size"):
         longest_segment(engine_config(), pool(3, 16))
+
+
+def test_the_longest_segment_leaves_room_for_a_draft_model() -> None:
+    """Its first pass is longer than the step, and its buffers are as long as the longest step."""
+    config = engine_config(max_num_batched_tokens=512)
+    config.speculative_config = SimpleNamespace(max_num_new_slots_for_drafting=1)
+    assert longest_segment(config, pool(1000, 16)) == 511
 
 
 class RecordingWorker:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from engine_runs import EngineError, ModelFolder, random_prompt, run_engine
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from triattention_vllm.config import Settings
@@ -45,6 +45,12 @@ def with_cache(**changes: Any) -> Callable[[VllmConfig], Any]:
     return lambda config: Changed(config, cache_config=Changed(config.cache_config, **changes))
 
 
+def with_ngram(**changes: Any) -> Callable[[VllmConfig], Any]:
+    """Speculation that may be compressed, spoilt in one respect."""
+    ngram = SpeculativeConfig(method="ngram", num_speculative_tokens=2, prompt_lookup_max=2)
+    return lambda config: Changed(config, speculative_config=Changed(ngram, **changes))
+
+
 REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
     "MLA": (with_model(use_mla=True), "multi-head latent attention"),
     "encoder-decoder": (with_model(is_encoder_decoder=True), "cross-attention"),
@@ -67,9 +73,14 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
         lambda config: Changed(config, use_v2_model_runner=True),
         "VLLM_USE_V2_MODEL_RUNNER unset",
     ),
-    "speculative decoding": (
-        lambda config: Changed(config, speculative_config=object()),
-        "speculative decoding",
+    "an unverified speculative method": (
+        with_ngram(method="ngram_gpu"),
+        "'ngram_gpu' has not been verified",
+    ),
+    "parallel drafting": (with_ngram(parallel_drafting=True), "parallel drafting"),
+    "MTP with rows of its own": (
+        with_ngram(method="mtp", use_gemma4_mtp=lambda: True),
+        "MTP reads the caches of several layer groups",
     ),
     "fp8 KV": (with_cache(cache_dtype="fp8"), "'fp8' cannot be scored yet"),
     "TurboQuant KV": (with_cache(cache_dtype="turboquant_4bit_nc"), "turboquant_4bit_nc"),

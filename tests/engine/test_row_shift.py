@@ -123,5 +123,5 @@ def test_padding_rows_have_no_null_head_on_the_host(builder: Builder) -> None:
     host_knows(builder, {"a": 1}, ["a"])
     nulls = builder.null_heads.of_rows(metadata([[0, 5], [0], [0]], [7, 1, 1]))
     assert np.array_equal(nulls, [1, 0, 0])
-    builder.null_heads.end_step()
+    builder.null_heads.begin_step({})
     assert not builder.null_heads.of_rows(metadata([[0, 5]], [7])).any()

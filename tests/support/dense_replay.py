@@ -7,6 +7,7 @@ is given, the replay checks that it is a best choice up to rounding, and goes on
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -75,6 +76,13 @@ def engine_steps(
     for start in range(num_prompt, num_computed):
         steps.append(Step(start, start + 1, max(start - lag, num_prompt)))
     return steps
+
+
+def steps_of(starts: Sequence[int], num_computed: int) -> list[Step]:
+    """The steps that computed tokens began at ``starts``, each decided at what it found."""
+    return [
+        Step(start, end, start) for start, end in pairwise([*sorted({0, *starts}), num_computed])
+    ]
 
 
 def replay(

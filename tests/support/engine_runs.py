@@ -21,13 +21,17 @@ ModelFolder = Callable[[str], Path]
 
 @dataclass
 class RequestRun:
-    """token_ids: prompt and output. logprobs: per output token, token id -> log-probability."""
+    """token_ids: prompt and output. logprobs: per output token, token id -> log-probability.
+    starts: tokens computed before each step that the request was part of; drafts: the tokens that
+    a draft had proposed for that step."""
 
     num_prompt: int
     token_ids: list[int]
     logprobs: list[dict[int, float]]
     kept: list[torch.Tensor] = field(default_factory=list)
     boundaries: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -187,6 +191,8 @@ class _Recorder:
         self.kept: dict[str, list[torch.Tensor]] = {}
         self.boundaries: dict[str, list[int]] = {}
         self.steps: list[dict[str, tuple[int, int, int]]] = []
+        self.starts: dict[str, list[int]] = {}
+        self.drafts: dict[str, list[list[int]]] = {}
         self.num_preemptions = 0
 
     def _observe(self, rounds: Any) -> None:
@@ -208,6 +214,11 @@ class _Recorder:
             output = original(*args)
             self.num_preemptions += len(output.preempted_req_ids or ())
             manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+            for request_id, num_tokens in output.num_scheduled_tokens.items():
+                computed = self.scheduler.requests[request_id].num_computed_tokens
+                self.starts.setdefault(request_id, []).append(computed - num_tokens)
+                proposed = output.scheduled_spec_decode_tokens.get(request_id, [])
+                self.drafts.setdefault(request_id, []).append(list(proposed))
             rows = {}
             for request in self.scheduler.running:
                 row = manager.req_to_blocks[request.request_id]
@@ -224,6 +235,7 @@ class _Recorder:
         requests = []
         for output in outputs:
             own = [key for key in self.kept if key.split("-")[0] == output.request_id]
+            (key,) = [key for key in self.starts if key.split("-")[0] == output.request_id]
             completion = output.outputs[0]
             requests.append(
                 RequestRun(
@@ -235,6 +247,8 @@ class _Recorder:
                     ],
                     kept=[kept for key in own for kept in self.kept[key]],
                     boundaries=[n for key in own for n in self.boundaries[key]],
+                    starts=self.starts[key],
+                    drafts=self.drafts[key],
                 )
             )
         return EngineRun(

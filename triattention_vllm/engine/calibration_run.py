@@ -37,8 +37,11 @@ def longest_segment(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
 
     Raises StatisticsError where that is too short to calibrate with.
     """
+    drafts = vllm_config.speculative_config
+    # A draft model runs over the step's tokens and the one that was sampled.
+    num_extra = 0 if drafts is None else drafts.max_num_new_slots_for_drafting
     num_tokens = min(
-        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm_config.scheduler_config.max_num_batched_tokens - num_extra,
         vllm_config.model_config.max_model_len - 1,
     )
     while num_tokens >= _MIN_SEGMENT:

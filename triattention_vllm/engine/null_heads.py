@@ -26,12 +26,12 @@ class NullHeads:
         self._requests_of_rows = requests_of_rows
 
     def begin_step(self, of_request: Mapping[str, int]) -> None:
-        """of_request: request id -> null blocks; requests that are left out have none."""
-        self._of_request = of_request
+        """of_request: request id -> null blocks; requests that are left out have none.
 
-    def end_step(self) -> None:
-        """Dummy and captured batches that follow have no null heads."""
-        self._of_request = {}
+        Stays until the next step begins: a draft model runs behind the model, when tokens are
+        sampled.
+        """
+        self._of_request = of_request
 
     def of_rows(self, metadata: CommonAttentionMetadata) -> NDArray[np.int32]:
         """Null blocks of each row [R]; rows behind the last request are padding and have none."""

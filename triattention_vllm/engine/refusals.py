@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping
 
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from triattention_vllm.config import Settings
+from triattention_vllm.engine.drafts import SPECULATIVE_METHODS
 from triattention_vllm.errors import UnsupportedError
 
 UNQUANTISED_KV_DTYPES = ("auto", "float16", "bfloat16")
@@ -61,8 +62,7 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield "context parallelism splits a request's tokens over ranks; set its size to 1"
     if vllm_config.kv_transfer_config is not None:
         yield "a KV connector loads and saves blocks by token position; unset kv_transfer_config"
-    if vllm_config.speculative_config is not None:
-        yield "speculative decoding has not been verified with compression; unset its config"
+    yield from _speculation_refusals(vllm_config.speculative_config)
     if parallel.use_ubatching:
         yield "micro-batching (DBO) splits a step that calibration reads in order; turn it off"
     if vllm_config.use_v2_model_runner and vllm_config.device_config.device_type == "cpu":
@@ -72,6 +72,22 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield f"KV dtype {cache_dtype!r} cannot be scored yet; allowed: {UNQUANTISED_KV_DTYPES}"
     if settings.selection == "union" and parallel.world_size > 1:
         yield "selection 'union' needs all heads and layers on one rank; use per_head"
+
+
+def _speculation_refusals(config: SpeculativeConfig | None) -> Iterator[str]:
+    """Drafts that have been verified propose one chain of tokens, from no cache or from one that
+    is read through rows like the model's own."""
+    if config is None:
+        return
+    if config.method not in SPECULATIVE_METHODS:
+        yield (
+            f"speculative method {config.method!r} has not been verified with compression; "
+            f"allowed: {SPECULATIVE_METHODS}"
+        )
+    elif config.use_gemma4_mtp() or config.use_step3p5_mtp():
+        yield "this model's MTP reads the caches of several layer groups by itself"
+    elif config.parallel_drafting:
+        yield "parallel drafting has not been verified with compression; turn it off"
 
 
 def _layer_refusals(layer: nn.Module) -> Iterator[str]:

@@ -1,14 +1,12 @@
 """A worker's part in a round: which layers a group has, their scorer, and its plans."""
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-from triattention_kernels import PagedKV, RoundBatch, forward_groups, moves_forward
+from triattention_kernels import PagedKV, RoundBatch, compact, forward_groups, moves_forward
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_layout import paged_kv
@@ -23,17 +21,18 @@ MAX_BATCH = 64
 """Requests that one batch of launches takes on a GPU; bounds the scores' memory."""
 
 
-class GroupRounds:
-    """Carries out the plans of one KV-cache group on this rank's layers and heads."""
+class Rounds(ABC):
+    """Carries out the plans of one KV-cache group on some of this rank's layers."""
 
-    def __init__(self, kv: PagedKV, scorer: TriAttentionScorer, settings: Settings) -> None:
+    def __init__(self, kv: PagedKV) -> None:
         self.kv = kv
-        self.scorer = scorer
-        self.selection = settings.selection
-        self.compaction = settings.compaction
+
+    @abstractmethod
+    def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
+        """One batch of launches; returns what was kept, [R, L, H_kv, tokens]."""
 
     def run(self, plans: Sequence[RoundPlan]) -> None:
-        """Score, select and compact; plans in the order in which they were decided.
+        """Every plan, in the order in which they were decided.
 
         A later plan may write what an earlier one reads, when a released block was given out
         again within the step; it then waits for the earlier batch. In a full pool a plan may
@@ -46,22 +45,6 @@ class GroupRounds:
         for together in forward_groups(sources, destinations):
             for start in range(together.start, together.stop, size):
                 self.run_batch(plans[start : min(start + size, together.stop)])
-
-    def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
-        """One batch of launches; returns what was kept, [R, L, H_kv, tokens]."""
-        device = self.kv.keys.device
-        batch = RoundBatch(
-            source_blocks=_padded([plan.source_blocks for plan in plans], device),
-            destination_blocks=_padded([plan.destination_blocks for plan in plans], device),
-            num_source_blocks=tuple(len(plan.source_blocks) for plan in plans),
-            num_destination_blocks=tuple(len(plan.destination_blocks) for plan in plans),
-            first_candidate=tuple(plan.first_candidate for plan in plans),
-            moves_forward=moves_forward(
-                [plan.source_blocks for plan in plans], [plan.destination_blocks for plan in plans]
-            ),
-        )
-        boundaries = [plan.nominal_boundary for plan in plans]
-        return run_rounds(self.kv, batch, boundaries, self.scorer, self.selection, self.compaction)
 
     def warm_up(self, group_id: int, policy: Policy, num_blocks: int) -> None:
         """One round of the first blocks onto themselves, which no request may hold yet."""
@@ -80,30 +63,87 @@ class GroupRounds:
         self.run([plan])
 
 
+class TargetRounds(Rounds):
+    """Rounds of the model's own layers: the best-scored candidates survive."""
+
+    def __init__(self, kv: PagedKV, scorer: TriAttentionScorer, settings: Settings) -> None:
+        super().__init__(kv)
+        self.scorer = scorer
+        self.selection = settings.selection
+        self.compaction = settings.compaction
+
+    def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
+        """Score, select and compact."""
+        batch = _batch(plans, self.kv.keys.device)
+        boundaries = [plan.nominal_boundary for plan in plans]
+        return run_rounds(self.kv, batch, boundaries, self.scorer, self.selection, self.compaction)
+
+
+class DraftRounds(Rounds):
+    """Rounds of a draft model's layers: the protected prefix and the latest candidates survive.
+
+    A draft only proposes: which of its own keys remain cannot change a token of the answer, only
+    how many proposals are accepted. So it needs neither statistics nor heads like the target's.
+    """
+
+    def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
+        """Compact what ``latest_tokens`` keeps."""
+        device, block_size = self.kv.keys.device, self.kv.block_size
+        rows = _padded([latest_tokens(plan, block_size) for plan in plans], device)
+        kept = rows[:, None, None].expand(-1, self.kv.num_layers, self.kv.num_kv_heads, -1)
+        compact(self.kv, _batch(plans, device), kept)
+        return kept
+
+
+def latest_tokens(plan: RoundPlan, block_size: int) -> list[int]:
+    """Region token indices, ascending: the protected ones that lead the region and the latest."""
+    num_region = len(plan.source_blocks) * block_size
+    num_kept = len(plan.destination_blocks) * block_size
+    first_latest = num_region - (num_kept - plan.first_candidate)
+    return [*range(plan.first_candidate), *range(first_latest, num_region)]
+
+
+def _batch(plans: Sequence[RoundPlan], device: torch.device) -> RoundBatch:
+    """The plans' blocks as the kernels take them."""
+    sources = [plan.source_blocks for plan in plans]
+    destinations = [plan.destination_blocks for plan in plans]
+    return RoundBatch(
+        source_blocks=_padded(sources, device),
+        destination_blocks=_padded(destinations, device),
+        num_source_blocks=tuple(map(len, sources)),
+        num_destination_blocks=tuple(map(len, destinations)),
+        first_candidate=tuple(plan.first_candidate for plan in plans),
+        moves_forward=moves_forward(sources, destinations),
+    )
+
+
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Block ids [R, longest] int64, rows padded with 0; one copy that nothing waits for."""
+    """Indices [R, longest] int64, rows padded with 0; one copy that nothing waits for."""
     width = max(len(row) for row in rows)
     padded = [[*row, *[0] * (width - len(row))] for row in rows]
     on_host = torch.tensor(padded, dtype=torch.int64, pin_memory=device.type == "cuda")
     return on_host.to(device, non_blocking=True)
 
 
-def group_rounds(
-    group: KVCacheGroupSpec,
-    forward_context: Mapping[str, nn.Module],
+def target_rounds(
+    layers: Sequence[Attention],
+    block_size: int,
     statistics: Statistics,
     rotary: Rotary,
     head_start: int,
     settings: Settings,
-) -> GroupRounds:
-    """The rounds of a group's layers, for this rank's query heads.
+) -> TargetRounds:
+    """The rounds of a group's layers of the served model, for this rank's query heads.
 
     head_start: index of this rank's first query head in the whole model, so that a rank of
     tensor parallelism scores with the statistics of its own heads.
     """
-    layers = [cast(Attention, forward_context[name]) for name in group.layer_names]
-    num_heads = layers[0].num_heads
-    kv = paged_kv(layers, group.kv_cache_spec.block_size)
-    indices = tuple(extract_layer_index(name) for name in group.layer_names)
-    shard = statistics.shard(indices, head_start, num_heads)
-    return GroupRounds(kv, TriAttentionScorer(shard, rotary, kv.keys.device), settings)
+    kv = paged_kv(layers, block_size)
+    indices = tuple(extract_layer_index(layer.layer_name) for layer in layers)
+    shard = statistics.shard(indices, head_start, layers[0].num_heads)
+    return TargetRounds(kv, TriAttentionScorer(shard, rotary, kv.keys.device), settings)
+
+
+def draft_rounds(layers: Sequence[Attention], block_size: int) -> DraftRounds:
+    """The rounds of a group's layers of a draft model."""
+    return DraftRounds(paged_kv(layers, block_size))

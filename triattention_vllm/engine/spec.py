@@ -5,7 +5,12 @@ from typing import Self
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    iter_layer_specs,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from triattention_vllm.config import Settings
@@ -114,6 +119,24 @@ def compressed_specs(
 def _is_plain(spec: FullAttentionSpec) -> bool:
     """Full attention over all tokens: no window, no chunks, causal."""
     return spec.sliding_window is None and spec.attention_chunk_size is None and not spec.non_causal
+
+
+def compressed_spec(group: KVCacheGroupSpec) -> CompressedAttentionSpec | None:
+    """The spec of a compressed group on this rank, or None for any other group.
+
+    Layers of different heads (a model and its draft model) share a group and a row of blocks but
+    have a spec each; block size and settings are the same, so the first one stands for all.
+    Raises UnsupportedError where only some layers of a group are compressed.
+    """
+    specs = list(iter_layer_specs(group.kv_cache_spec)) if group.layer_names else []
+    ours = [spec for spec in specs if isinstance(spec, CompressedAttentionSpec)]
+    if ours and len(ours) < len(specs):
+        kinds = sorted({type(spec).__name__ for spec in specs})
+        raise UnsupportedError(
+            f"a KV cache group mixes layers that can be compressed with others ({kinds}), and all "
+            "of them share a row of blocks; start without --kv-compression"
+        )
+    return ours[0] if ours else None
 
 
 KVCacheSpecRegistry._ensure_registered()

@@ -5,7 +5,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.spec import CompressedAttentionSpec
+from triattention_vllm.engine.spec import compressed_spec
 
 
 def startup_line(
@@ -20,11 +20,7 @@ def startup_line(
     null block): each holds budget + interval tokens at most. While a prompt is prefilled its
     in-flight chunk comes on top.
     """
-    spec = next(
-        group.kv_cache_spec
-        for group in kv_cache_config.kv_cache_groups
-        if isinstance(group.kv_cache_spec, CompressedAttentionSpec)
-    )
+    spec = next(filter(None, map(compressed_spec, kv_cache_config.kv_cache_groups)))
     max_len = vllm_config.model_config.max_model_len
     full = cdiv(max_len, spec.block_size)
     decode_tokens = spec.policy.max_cached_tokens(1)

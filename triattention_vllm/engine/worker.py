@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
 import torch
@@ -18,13 +18,20 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.attention import BACKENDS, ShiftedRows, override_backends
+from triattention_vllm.engine.drafts import draft_attention_groups, draft_layer_names
 from triattention_vllm.engine.null_heads import NullHeads
 from triattention_vllm.engine.refusals import refuse_unsupported_layers
-from triattention_vllm.engine.rounds import GroupRounds, group_rounds
+from triattention_vllm.engine.rounds import (
+    DraftRounds,
+    Rounds,
+    TargetRounds,
+    draft_rounds,
+    target_rounds,
+)
 from triattention_vllm.engine.rows import Rows, RowsV1, RowsV2
 from triattention_vllm.engine.scheduler import RoundsSchedulerOutput
 from triattention_vllm.engine.settings import settings_of
-from triattention_vllm.engine.spec import CompressedAttentionSpec, compressed_specs
+from triattention_vllm.engine.spec import CompressedAttentionSpec, compressed_spec, compressed_specs
 from triattention_vllm.engine.startup import startup_line
 from triattention_vllm.engine.statistics_source import StatisticsSource
 from triattention_vllm.environment import ALLOW_UNTESTED_VLLM, allows_untested_vllm
@@ -42,7 +49,8 @@ class CompressionWorker(Worker):
         settings = settings_of(vllm_config)
         assert settings is not None, "this worker is chosen only where compression is on"
         self.settings: Settings = settings
-        self.rounds: dict[int, GroupRounds] = {}
+        self.rounds: dict[int, TargetRounds] = {}
+        self.draft_rounds: dict[int, DraftRounds] = {}
         self.null_heads: dict[int, NullHeads] = {}
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -55,8 +63,12 @@ class CompressionWorker(Worker):
         specs = self.get_kv_cache_spec()
         names = [n for n, spec in specs.items() if isinstance(spec, CompressedAttentionSpec)]
         layers = self.vllm_config.compilation_config.static_forward_context
-        refuse_unsupported_layers({name: layers[name] for name in names})
-        self.statistics_source = StatisticsSource(self, names, self.settings)
+        self.drafts = draft_layer_names(self.vllm_config, self.get_model(), names)
+        own = [name for name in names if name not in self.drafts]
+        refuse_unsupported_layers({name: layers[name] for name in own})
+        if self.drafts:
+            refuse_unsupported_layers({name: layers[name] for name in sorted(self.drafts)})
+        self.statistics_source = StatisticsSource(self, own, self.settings)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, with ours in the place of plain full attention."""
@@ -69,7 +81,8 @@ class CompressionWorker(Worker):
         self.kv_cache_config = kv_cache_config
         runner = self.model_runner
         self.rows: Rows = RowsV2(runner) if self.use_v2_model_runner else RowsV1(runner)
-        for group in itertools.chain.from_iterable(runner.attn_groups):
+        groups = itertools.chain(*runner.attn_groups, draft_attention_groups(runner))
+        for group in groups:
             null_heads = self.null_heads.setdefault(group.kv_cache_group_id, NullHeads())
             null_heads.read_rows_with(self.rows.requests)
             for builder in group.metadata_builders:
@@ -88,17 +101,22 @@ class CompressionWorker(Worker):
         statistics = self.statistics_source.ready(self.kv_cache_config)
         layers = self.vllm_config.compilation_config.static_forward_context
         for group_id, group in enumerate(self.kv_cache_config.kv_cache_groups):
-            # A pipeline stage may have no layer of a group.
-            if isinstance(group.kv_cache_spec, CompressedAttentionSpec) and group.layer_names:
-                num_heads = layers[group.layer_names[0]].num_heads
-                self.rounds[group_id] = group_rounds(
-                    group,
-                    layers,
+            spec = compressed_spec(group)
+            if spec is None:
+                continue
+            own = [name for name in group.layer_names if name not in self.drafts]
+            drafts = [layers[name] for name in group.layer_names if name in self.drafts]
+            if own:
+                self.rounds[group_id] = target_rounds(
+                    [layers[name] for name in own],
+                    spec.block_size,
                     statistics,
-                    self.statistics_source.rotary_of(group.layer_names),
-                    get_tensor_model_parallel_rank() * num_heads,
+                    self.statistics_source.rotary_of(own),
+                    get_tensor_model_parallel_rank() * layers[own[0]].num_heads,
                     self.settings,
                 )
+            if drafts:
+                self.draft_rounds[group_id] = draft_rounds(drafts, spec.block_size)
         if get_world_group().rank_in_group == 0:
             logger.info(
                 startup_line(
@@ -116,23 +134,30 @@ class CompressionWorker(Worker):
         The forward pass, zeroing and copy-on-write all come after, so blocks that a round
         freed, and that another request may already hold, still have their tokens here.
         """
-        if not isinstance(scheduler_output, RoundsSchedulerOutput):
-            unplanned: StepOutput = super().execute_model(scheduler_output)
-            return unplanned
-        for group_id, rounds in self.rounds.items():
-            plans = [plan for plan in scheduler_output.round_plans if plan.group_id == group_id]
-            if plans:
-                rounds.run(plans)
-        for plan in scheduler_output.round_plans:
+        planned = isinstance(scheduler_output, RoundsSchedulerOutput)
+        plans = scheduler_output.round_plans if planned else ()
+        for group_id, rounds in self.all_rounds():
+            own = [plan for plan in plans if plan.group_id == group_id]
+            if own:
+                rounds.run(own)
+        for plan in plans:
             self.rows.write(plan)
-        for group_id, null_heads in self.null_heads.items():
-            null_heads.begin_step(scheduler_output.null_heads.get(group_id, {}))
-        try:
-            output: StepOutput = super().execute_model(scheduler_output)
-            return output
-        finally:
-            for null_heads in self.null_heads.values():
-                null_heads.end_step()
+        null_heads = scheduler_output.null_heads if planned else {}
+        for group_id, of_group in self.null_heads.items():
+            of_group.begin_step(null_heads.get(group_id, {}))
+        output: StepOutput = super().execute_model(scheduler_output)
+        return output
+
+    def all_rounds(self) -> Iterator[tuple[int, Rounds]]:
+        """Group and rounds of this rank's layers, those of a draft model behind the others."""
+        yield from self.rounds.items()
+        yield from self.draft_rounds.items()
+
+    def execute_dummy_batch(self) -> None:
+        """vLLM's batch without requests, which other data-parallel ranks wait for."""
+        for null_heads in self.null_heads.values():
+            null_heads.begin_step({})
+        super().execute_dummy_batch()
 
 
 class CompressionCPUWorker(CompressionWorker, CPUWorker):
@@ -152,9 +177,10 @@ class CompressionGPUWorker(CompressionWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Also run one round on the empty cache, so that no request waits for a compiler."""
         times = super().compile_or_warm_up_model()
-        for group_id, rounds in self.rounds.items():
-            group = self.kv_cache_config.kv_cache_groups[group_id]
-            rounds.warm_up(group_id, group.kv_cache_spec.policy, self.kv_cache_config.num_blocks)
+        for group_id, rounds in self.all_rounds():
+            spec = compressed_spec(self.kv_cache_config.kv_cache_groups[group_id])
+            assert spec is not None, "only compressed groups have rounds"
+            rounds.warm_up(group_id, spec.policy, self.kv_cache_config.num_blocks)
         return times
 
 

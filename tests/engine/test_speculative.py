@@ -1,0 +1,165 @@
+"""Speculative decoding on the real engine: rounds see committed tokens only, answers stay right."""
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from dense_reference import DenseReference, DenseRun
+from dense_replay import replay, steps_of
+from draft_models import write_eagle_head, write_near_copy, write_other_heads
+from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
+
+from triattention_vllm.config import Settings
+from triattention_vllm.method.policy import Round
+from triattention_vllm.method.statistics import Statistics
+from triattention_vllm.tools.tiny_model import write_tiny_model
+
+SMALL = {"budget": 128, "interval": 32, "window": 16}
+FLOAT32_ERROR = 1e-4
+NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+NUM_DRAFTS = 3
+LENGTHS = {50: 200, 20: 190, 90: 150}
+"""Prompt length -> answer length of the requests that run together."""
+
+
+def speculate(folder: Path, text: str, config: dict[str, Any], **engine: Any) -> EngineRun:
+    engine["speculative_config"] = {"num_speculative_tokens": NUM_DRAFTS, **config}
+    prompts = [random_prompt(length, seed) for seed, length in enumerate(LENGTHS)]
+    settings = {**SMALL, "calibration_text": text}
+    return run_engine(
+        folder, prompts, list(LENGTHS.values()), settings, max_model_len=1024, **engine
+    )
+
+
+def assert_equals_the_dense_reference(run: EngineRun, dense: DenseReference) -> None:
+    """Rounds at the policy's boundaries over committed tokens, best choices, right answers."""
+    assert run.statistics is not None
+    statistics = Statistics.load(run.statistics.split("kept in ")[-1])
+    for request in run.requests:
+        computed = request.token_ids[:-1]
+        result = replay(
+            dense,
+            computed,
+            num_prompt=request.num_prompt,
+            policy=Settings(**SMALL).policy(run.block_size),
+            statistics=statistics,
+            steps=steps_of(request.starts, len(computed)),
+            kept_log=request.kept,
+        )
+        assert len(result.rounds) >= 2
+        for i, position in enumerate(request.logprobs):
+            for token, value in position.items():
+                expected = float(result.logprobs[request.num_prompt - 1 + i, token])
+                assert abs(value - expected) < FLOAT32_ERROR
+    assert run.num_free == run.num_blocks - 1
+    assert set(run.ref_counts) == {0}
+
+
+def accepted_and_rejected(run: EngineRun) -> tuple[int, int]:
+    accepted = rejected = 0
+    for request in run.requests:
+        for (start, end), drafts in zip(pairwise(request.starts), request.drafts, strict=False):
+            if drafts and end > start:  # otherwise the request was preempted
+                accepted += end - start - 1
+                rejected += len(drafts) - (end - start - 1)
+    return accepted, rejected
+
+
+def test_ngram_drafts_never_become_candidates(
+    model_folder: ModelFolder,
+    reference: Callable[[Path], DenseReference],
+    text: str,
+) -> None:
+    """Sent twice: the second time the prompts come from the prefix cache."""
+    folder = model_folder("qwen3")
+    run = speculate(folder, text, NGRAM, repeat=2)
+    assert min(accepted_and_rejected(run)) > 50
+    assert [request.starts[0] for request in run.requests] == [32, 0, 64]
+    assert_equals_the_dense_reference(run, reference(folder))
+
+
+def test_a_draft_model_reads_its_own_compressed_cache(
+    model_folder: ModelFolder,
+    reference: Callable[[Path], DenseReference],
+    text: str,
+    tmp_path: Path,
+) -> None:
+    """Every proposal is what the draft says that sees its protected prefix and latest tokens."""
+    folder = model_folder("qwen3")
+    draft = write_near_copy(tmp_path / "draft", folder)
+    run = speculate(folder, text, {"method": "draft_model", "model": str(draft)})
+    assert min(accepted_and_rejected(run)) > 50
+    assert_equals_the_dense_reference(run, reference(folder))
+    dense = DenseReference(draft)
+    num_checked = 0
+    for request in run.requests:
+        for expected, is_clear, proposed in dense_proposals(dense, request, run.block_size):
+            if is_clear:
+                assert proposed == expected
+                num_checked += 1
+    assert num_checked > 300
+
+
+def dense_proposals(
+    dense: DenseReference, request: RequestRun, block_size: int
+) -> Iterator[tuple[int, bool, int]]:
+    """(greedy token of the dense draft, whether it leads clearly, what the engine proposed).
+
+    A draft runs behind a step: over the tokens that the step committed and the one it sampled.
+    """
+    policy, num_prompt = Settings(**SMALL).policy(block_size), request.num_prompt
+    tokens = torch.tensor(request.token_ids)
+    run = dense.start()
+    num_evicted = 0
+    for (start, end), proposed in zip(pairwise(request.starts), request.drafts[1:], strict=True):
+        due = policy.due_round(start, num_evicted, num_prompt)
+        if due is not None:
+            keep_latest(run, due)
+            num_evicted = due.num_evicted_after
+        run.extend(tokens[start:end])
+        ahead = copy.copy(run)
+        token = tokens[end : end + 1]
+        for draft in proposed:
+            best = ahead.extend(token)[-1].topk(2)
+            yield int(best.indices[0]), bool(best.values[0] - best.values[1] > 1e-3), draft
+            token = torch.tensor([draft])
+
+
+def keep_latest(run: DenseRun, due: Round) -> None:
+    """Hide the oldest candidates of a draft's cache."""
+    cached = run.visible[0, 0].nonzero().flatten()
+    evicted = cached[due.first_candidate : due.first_candidate + due.num_newly_evicted]
+    run.visible[:, :, evicted] = False
+
+
+def test_a_draft_with_heads_of_its_own_survives_preemption(
+    model_folder: ModelFolder, text: str, tmp_path: Path
+) -> None:
+    folder = model_folder("qwen3")
+    draft = write_other_heads(tmp_path / "draft", folder)
+    run = speculate(
+        folder,
+        text,
+        {"method": "draft_model", "model": str(draft)},
+        num_gpu_blocks_override=14,
+        max_num_batched_tokens=96,
+    )
+    assert run.num_preemptions > 0
+    assert min(accepted_and_rejected(run)) > 0
+    assert [len(r.token_ids) for r in run.requests] == [n + m for n, m in LENGTHS.items()]
+    assert all(request.kept for request in run.requests)
+    assert run.num_free == run.num_blocks - 1
+    assert set(run.ref_counts) == {0}
+
+
+def test_an_eagle_head_reads_its_own_compressed_cache(
+    reference: Callable[[Path], DenseReference], text: str, tmp_path: Path
+) -> None:
+    folder = write_tiny_model(tmp_path / "llama", architecture="llama")
+    head = write_eagle_head(tmp_path / "eagle", folder)
+    run = speculate(folder, text, {"method": "eagle", "model": str(head)})
+    assert min(accepted_and_rejected(run)) > 0
+    assert_equals_the_dense_reference(run, reference(folder))
