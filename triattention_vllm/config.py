@@ -13,6 +13,7 @@ OFF = "off"
 ADDITIONAL_CONFIG_KEY = "kv_compression"
 ENVIRONMENT_PREFIX = "TRIATTENTION_"
 
+Method = Literal["triattention", "streamingllm", "knorm", "vnorm", "random"]
 Selection = Literal["per_head", "per_layer_per_head", "union"]
 Compaction = Literal["repack", "fill_holes"]
 
@@ -73,9 +74,14 @@ class Settings:
     Raises SettingsError with one sentence that says what is allowed.
     """
 
-    method: str = _described(
+    method: Method = _described(
         "triattention",
-        Description("How cached tokens are scored.", (str,), choices=("triattention",)),
+        Description(
+            "How cached tokens are scored: by the model's mean queries, by age, by the length of "
+            "the key (short stays) or of the value (long stays), or at random.",
+            (str,),
+            choices=get_args(Method),
+        ),
     )
     budget: int = _described(
         2048,
@@ -151,11 +157,30 @@ class Settings:
                 f"budget {self.budget} is below window {self.window} + interval "
                 f"{self.interval}; set it to at least {self.window + self.interval} tokens."
             )
+        if self.method == "streamingllm" and self.compaction != "repack":
+            raise SettingsError(
+                f'compaction "{self.compaction}" does not keep tokens in order, by which method '
+                '"streamingllm" ranks them; leave compaction at "repack".'
+            )
+        if not self.needs_statistics:
+            self._refuse_statistics()
         if self.statistics is not None and self.calibration_text is not None:
             raise SettingsError(
                 "statistics and calibration_text are both set, but a text is only read where "
                 "no statistics file is given; leave one of them out."
             )
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the method scores with statistics of the model's queries."""
+        return self.method == "triattention"
+
+    def _refuse_statistics(self) -> None:
+        for name in ("statistics", "calibration_text"):
+            if vars(self)[name] is not None:
+                raise SettingsError(
+                    f'{name} is set, but method "{self.method}" uses no statistics; leave it out.'
+                )
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object]) -> Self:

@@ -31,7 +31,16 @@ REFUSED = [
     ({"protect": "everything"}, "protect is 'everything', allowed is \"prompt\" or"),
     ({"protect": -3}, "protect is -3, allowed is .* a whole number of tokens, at least 0"),
     ({"selection": "per_token"}, "selection is 'per_token', allowed is \"per_head\" or"),
-    ({"method": "snapkv"}, "method is 'snapkv', allowed is \"triattention\""),
+    ({"method": "kivi"}, 'method is \'kivi\', allowed is "triattention" or "streamingllm"'),
+    (
+        {"method": "streamingllm", "compaction": "fill_holes"},
+        'does not keep tokens in order, by which method "streamingllm" ranks them',
+    ),
+    ({"method": "random", "statistics": "a"}, 'statistics is set, but method "random" uses no'),
+    (
+        {"method": "knorm", "calibration_text": "a"},
+        'calibration_text is set, but method "knorm" uses no statistics; leave it out',
+    ),
     ({"when": "pressure"}, 'when "pressure" is not available yet, allowed is "always"'),
     ({"when": "never"}, "when is 'never', allowed is \"always\""),
     ({"statistics": 7}, r"statistics is 7 \(int\), allowed is a path"),

@@ -183,7 +183,8 @@ class _Recorder:
         if "rounds" in vars(self.worker):
             for rounds in self.worker.rounds.values():
                 self._observe(rounds)
-            self.statistics = self.worker.statistics_source.description
+            source = self.worker.statistics_source
+            self.statistics = None if source is None else source.description
         self._watch_steps()
         self.forget()
 

@@ -14,7 +14,12 @@ from triattention_vllm.engine.kv_manager import RoundPlan
 from triattention_vllm.method.policy import Policy
 from triattention_vllm.method.rope import Rotary
 from triattention_vllm.method.round import run_rounds
+from triattention_vllm.method.score_knorm import KnormScorer
+from triattention_vllm.method.score_random import RandomScorer
+from triattention_vllm.method.score_streamingllm import StreamingLLMScorer
 from triattention_vllm.method.score_triattention import TriAttentionScorer
+from triattention_vllm.method.score_vnorm import VnormScorer
+from triattention_vllm.method.scorer import Scorer
 from triattention_vllm.method.statistics import Statistics
 
 MAX_BATCH = 64
@@ -66,7 +71,7 @@ class Rounds(ABC):
 class TargetRounds(Rounds):
     """Rounds of the model's own layers: the best-scored candidates survive."""
 
-    def __init__(self, kv: PagedKV, scorer: TriAttentionScorer, settings: Settings) -> None:
+    def __init__(self, kv: PagedKV, scorer: Scorer, settings: Settings) -> None:
         super().__init__(kv)
         self.scorer = scorer
         self.selection = settings.selection
@@ -128,20 +133,29 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor
 def target_rounds(
     layers: Sequence[Attention],
     block_size: int,
-    statistics: Statistics,
-    rotary: Rotary,
-    head_start: int,
+    statistics: tuple[Statistics, Rotary] | None,
+    rank: int,
     settings: Settings,
 ) -> TargetRounds:
-    """The rounds of a group's layers of the served model, for this rank's query heads.
+    """The rounds of a group's layers of the served model, for this rank's heads.
 
-    head_start: index of this rank's first query head in the whole model, so that a rank of
-    tensor parallelism scores with the statistics of its own heads.
+    statistics: of the whole model, and the rotary parameters of these layers, where the method
+    scores with them. rank: of tensor parallelism, so that each scores for its own heads.
     """
     kv = paged_kv(layers, block_size)
     indices = tuple(extract_layer_index(layer.layer_name) for layer in layers)
-    shard = statistics.shard(indices, head_start, layers[0].num_heads)
-    return TargetRounds(kv, TriAttentionScorer(shard, rotary, kv.keys.device), settings)
+    if statistics is not None:
+        whole, rotary = statistics
+        num_heads = layers[0].num_heads
+        shard = whole.shard(indices, rank * num_heads, num_heads)
+        return TargetRounds(kv, TriAttentionScorer(shard, rotary, kv.keys.device), settings)
+    scorers: dict[str, Scorer] = {
+        "streamingllm": StreamingLLMScorer(),
+        "knorm": KnormScorer(),
+        "vnorm": VnormScorer(),
+        "random": RandomScorer(indices, rank * kv.num_kv_heads),
+    }
+    return TargetRounds(kv, scorers[settings.method], settings)
 
 
 def draft_rounds(layers: Sequence[Attention], block_size: int) -> DraftRounds:

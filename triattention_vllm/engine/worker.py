@@ -68,7 +68,9 @@ class CompressionWorker(Worker):
         refuse_unsupported_layers({name: layers[name] for name in own})
         if self.drafts:
             refuse_unsupported_layers({name: layers[name] for name in sorted(self.drafts)})
-        self.statistics_source = StatisticsSource(self, own, self.settings)
+        self.statistics_source = (
+            StatisticsSource(self, own, self.settings) if self.settings.needs_statistics else None
+        )
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, with ours in the place of plain full attention."""
@@ -98,7 +100,8 @@ class CompressionWorker(Worker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Warm up, then make the statistics if no file had them, and say what is on."""
         times = super().compile_or_warm_up_model()
-        statistics = self.statistics_source.ready(self.kv_cache_config)
+        source = self.statistics_source
+        whole = None if source is None else source.ready(self.kv_cache_config)
         layers = self.vllm_config.compilation_config.static_forward_context
         for group_id, group in enumerate(self.kv_cache_config.kv_cache_groups):
             spec = compressed_spec(group)
@@ -107,12 +110,14 @@ class CompressionWorker(Worker):
             own = [name for name in group.layer_names if name not in self.drafts]
             drafts = [layers[name] for name in group.layer_names if name in self.drafts]
             if own:
+                statistics = None
+                if source is not None and whole is not None:
+                    statistics = (whole, source.rotary_of(own))
                 self.rounds[group_id] = target_rounds(
                     [layers[name] for name in own],
                     spec.block_size,
                     statistics,
-                    self.statistics_source.rotary_of(own),
-                    get_tensor_model_parallel_rank() * layers[own[0]].num_heads,
+                    get_tensor_model_parallel_rank(),
                     self.settings,
                 )
             if drafts:
@@ -123,7 +128,7 @@ class CompressionWorker(Worker):
                     self.vllm_config,
                     self.kv_cache_config,
                     self.settings,
-                    self.statistics_source.description,
+                    "none" if source is None else source.description,
                 )
             )
         return times

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 
 import torch
-from triattention_kernels import PagedKV, RoundBatch, Selection, compact, fill_holes, score, select
+from triattention_kernels import PagedKV, RoundBatch, Selection, compact, fill_holes, select
 
 from triattention_vllm.config import Compaction
-from triattention_vllm.method.score_triattention import TriAttentionScorer
+from triattention_vllm.method.scorer import Scorer
 
 
 def run_rounds(
     kv: PagedKV,
     batch: RoundBatch,
     boundaries: Sequence[int],
-    scorer: TriAttentionScorer,
+    scorer: Scorer,
     selection: Selection,
     compaction: Compaction,
 ) -> torch.Tensor:
@@ -24,14 +24,7 @@ def run_rounds(
     indices int64 [R, L, H_kv, destination tokens]. Every step depends on the nominal boundary
     and the cached keys alone, so the same inputs give the same survivors.
     """
-    scores = score(
-        kv,
-        batch,
-        scorer.query_weights(boundaries),
-        scorer.norm_weights,
-        interleaved=scorer.interleaved,
-        rotary_dim=scorer.rotary_dim,
-    )
+    scores = scorer.scores(kv, batch, boundaries)
     kept = select(scores, batch, kv.block_size, kv.num_kv_heads, selection)
     in_order = compaction == "repack"
     compact(kv, batch, kept if in_order else fill_holes(kept, batch, kv.block_size))

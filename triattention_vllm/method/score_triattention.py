@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triattention_kernels import PagedKV, RoundBatch, score
 
 from triattention_vllm.errors import StatisticsError
 from triattention_vllm.method.rope import Rotary, dims_from_pairs, phases
@@ -54,6 +55,17 @@ class TriAttentionScorer:
         self._unrotated_mean = statistics.unrotated_mean.double().to(device)
         self._dtype = dtype
         self.norm_weights = (factor * excess).to(device=device, dtype=dtype)
+
+    def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
+        """See ``Scorer.scores``; one score per query head."""
+        return score(
+            kv,
+            batch,
+            self.query_weights(boundaries),
+            self.norm_weights,
+            interleaved=self.interleaved,
+            rotary_dim=self.rotary_dim,
+        )
 
     def query_weights(self, boundaries: Sequence[int]) -> Tensor:
         """``q_w`` for each request's next position ``T``, [R, L, H, D] in head-dim order.

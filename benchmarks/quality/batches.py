@@ -1,0 +1,57 @@
+"""Training batches: problems of all tasks, padded to one length."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from tasks import addition, dfs, machine, needle, recall
+from tasks.problem import Problem
+from torch import Tensor
+from vocabulary import IDS, PAD, TASKS
+
+GENERATORS: Mapping[str, Callable[[Random, int], Problem]] = {
+    "dfs": dfs.generate,
+    "machine": machine.generate,
+    "recall": recall.generate,
+    "needle": needle.generate,
+    "add": addition.generate,
+}
+NOT_LEARNED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids [B, T]; labels [B, T]: the next word where it belongs to an answer, else NOT_LEARNED;
+    graded bool [B, T]: labels that depend on memory; tasks: of each row, an index into TASKS."""
+
+    ids: Tensor
+    labels: Tensor
+    graded: Tensor
+    tasks: Tensor
+
+
+def make_batch(
+    seed: int, step: int, num_rows: int, length: int, rank: int = 0, num_ranks: int = 1
+) -> Batch:
+    """A rank's rows of the batch of a step: the same for the same arguments.
+
+    Tasks take turns over the rows of all ranks; which one is first is drawn.
+    """
+    first_task = Random(f"{seed} {step}").randrange(len(TASKS)) + rank
+    rng = Random(f"{seed} {step} {rank}")
+    ids = torch.full((num_rows, length), IDS[PAD])
+    labels = torch.full((num_rows, length), NOT_LEARNED)
+    graded = torch.zeros((num_rows, length), dtype=torch.bool)
+    tasks = [(first_task + row * num_ranks) % len(TASKS) for row in range(num_rows)]
+    for row, task in enumerate(tasks):
+        place = 0
+        for turn in GENERATORS[TASKS[task]](rng, length).turns:
+            words = [IDS[word] for word in turn.prompt + turn.answer.words]
+            first = place + len(turn.prompt)
+            end = place + len(words)
+            ids[row, place:end] = torch.tensor(words)
+            labels[row, first - 1 : end - 1] = ids[row, first:end]
+            graded[row, first - 1 : end - 1] = torch.tensor(turn.answer.graded)
+            place = end
+    return Batch(ids, labels, graded, torch.tensor(tasks))

@@ -1,0 +1,59 @@
+"""Needles in a haystack: short facts at any depth of a text that says nothing.
+
+prompt   <bos> needle  n5 n17 n3 ... a 4 0 7 n8 ... ? a !
+answer   a 4 0 7 <eos>
+"""
+
+from random import Random
+
+from vocabulary import BOS, DIGITS, LETTERS, SYMBOLS
+
+from tasks.problem import Problem, Turn
+from tasks.recall import MAX_ASKED, ask
+
+VALUE_DIGITS = 3
+WORDS_PER_NEEDLE = 1 + VALUE_DIGITS
+WORDS_PER_QUESTION = 3 + MAX_ASKED * (1 + WORDS_PER_NEEDLE)
+
+
+def generate(rng: Random, length: int) -> Problem:
+    """A problem of at most ``length`` words (at least 128) that asks every now and then."""
+    prompt, values, turns = [BOS, "needle"], dict[str, str](), list[Turn]()
+    keys = rng.sample(LETTERS, len(LETTERS))
+    room = length - len(prompt)
+    dense = rng.choice((0.02, 0.05, 0.2, 0.4))
+    while room >= 24 + WORDS_PER_QUESTION:
+        most = room - WORDS_PER_QUESTION - WORDS_PER_NEEDLE
+        num_words = min(most, rng.randint(4, max(4, length // 3)) if turns else length // 2)
+        words: list[str] = []
+        while len(words) < num_words:
+            if keys and (not values or rng.random() < dense):
+                key = keys.pop()
+                values[key] = _value(rng)
+                words += [key, *values[key].split()]
+            words.append(rng.choice(SYMBOLS))
+        turn = ask(rng, prompt + words, values)
+        turns.append(turn)
+        room -= len(turn.prompt) - len(prompt) + len(turn.answer.words)
+        prompt = []
+    return Problem("needle", turns)
+
+
+def at_depths(rng: Random, length: int, depths: list[float]) -> Problem:
+    """One question for the needles at ``depths`` (0 first word, 1 last) of ``length`` words."""
+    keys = rng.sample(LETTERS, len(depths))
+    values = {key: _value(rng) for key in keys}
+    num_filler = length - len(depths) * (2 * WORDS_PER_NEEDLE + 1) - 6
+    places = sorted(zip((round(depth * num_filler) for depth in depths), keys, strict=True))
+    words = [BOS, "needle"]
+    for idx in range(num_filler + 1):
+        for place, key in places:
+            if place == idx:
+                words += [key, *values[key].split()]
+        if idx < num_filler:
+            words.append(rng.choice(SYMBOLS))
+    return Problem("needle", [ask(rng, words, values)])
+
+
+def _value(rng: Random) -> str:
+    return " ".join(rng.choices(DIGITS, k=VALUE_DIGITS))

@@ -1,0 +1,71 @@
+"""A long stream of updates, asked for the latest value of keys near and far.
+
+    prompt   <bos> recall  a n5 b n9 a n2 ... ? a b !
+    answer   a n2 b n9 <eos>
+
+Some keys are updated all the time and others almost never, so that values to be recalled lie a few
+words back or thousands.
+"""
+
+from collections.abc import Sequence
+from random import Random
+
+from vocabulary import BOS, LETTERS, SYMBOLS
+
+from tasks.problem import Answer, Problem, Turn
+
+MAX_ASKED = 4
+
+
+def generate(rng: Random, length: int, num_turns: int | None = None) -> Problem:
+    """A problem of at most ``length`` words, at least 80.
+
+    num_turns: 1 asks at the end only; None asks every now and then, many answers to learn from.
+    """
+    keys = rng.sample(LETTERS, rng.randint(4, len(LETTERS)))
+    skew = rng.choice((1, 2, 3, 5))
+    weights = [rng.random() ** skew + 1e-4 for _ in keys]
+    latest: dict[str, str] = {}
+    turns: list[Turn] = []
+    room = length - 2
+    cost_of_asking = 3 + 3 * MAX_ASKED
+    prompt = [BOS, "recall"]
+    while room >= cost_of_asking + 2:
+        entries = (room - cost_of_asking) // 2
+        if num_turns is None and turns:
+            entries = min(entries, rng.choice((0, 1, 4, 10, 20)))
+        elif num_turns is None:
+            entries = min(entries, rng.randint(2, max(2, length // 3)))
+        prompt += _updates(rng, keys, weights, entries, latest)
+        turn = ask(rng, prompt, latest)
+        room -= 2 * entries + len(turn.answer.words) + len(turn.answer.words) // 2 + 2
+        turns.append(turn)
+        prompt = []
+        if num_turns is not None and len(turns) == num_turns:
+            break
+    return Problem("recall", turns)
+
+
+def ask(rng: Random, prompt: list[str], values: dict[str, str]) -> Turn:
+    """A turn that asks for the values of up to MAX_ASKED keys."""
+    asked = rng.sample(list(values), min(len(values), rng.randint(1, MAX_ASKED)))
+    answer = Answer()
+    for key in asked:
+        answer.form(key)
+        answer.memory(*values[key].split())
+    answer.end()
+    return Turn([*prompt, "?", *asked, "!"], answer)
+
+
+def _updates(
+    rng: Random,
+    keys: Sequence[str],
+    weights: Sequence[float],
+    num_entries: int,
+    latest: dict[str, str],
+) -> list[str]:
+    words: list[str] = []
+    for key in rng.choices(keys, weights, k=num_entries):
+        latest[key] = rng.choice(SYMBOLS)
+        words += [key, latest[key]]
+    return words

@@ -1,0 +1,232 @@
+"""Train the small reasoner from scratch, on one CPU in about an hour.
+
+    python benchmarks/quality/train.py --folder RUN [--steps N] [--seed S] [--ranks 2]
+
+Writes RUN/checkpoint.pt every few minutes (a later start with the same folder goes on from there),
+RUN/log.jsonl (one line per 20 steps) and, at each checkpoint, RUN/model: weights, config and
+tokenizer for vLLM. Matrices inside the blocks are trained by Muon, everything else by AdamW; words
+of an answer are learned, prompts are not. Every batch is made anew from the seed and the step.
+"""
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from batches import NOT_LEARNED, Batch, make_batch
+from model import Reasoner, Shape, export
+from torch import Tensor
+from torch.nn import functional
+from vocabulary import TASKS
+
+STEPS_PER_LINE = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lengths in turn, growing with progress (share of steps, longest length), learning rates that
+    rise over ``warm_up`` steps and fall linearly over the last ``decay`` share."""
+
+    steps: int
+    seed: int = 0
+    tokens_per_step: int = 8192
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
+    stages: tuple[tuple[float, int], ...] = ((0.15, 256), (0.3, 512), (0.45, 1024), (0.7, 2048))
+    warm_up: int = 100
+    decay: float = 0.3
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
+    weight_decay: float = 0.01
+
+    def length(self, step: int) -> int:
+        """Length of the problems of a step."""
+        longest = next((top for end, top in self.stages if step < end * self.steps), 1 << 30)
+        now = [length for length in self.lengths if length <= longest]
+        return now[step % len(now)]
+
+    def rate(self, step: int) -> float:
+        """Factor on the learning rates."""
+        left = (self.steps - step) / (self.decay * self.steps)
+        return min((step + 1) / self.warm_up, left, 1.0)
+
+
+class Training:
+    """Model and optimizers of a run."""
+
+    def __init__(self, plan: Plan, num_ranks: int = 1) -> None:
+        self.plan = plan
+        self.num_ranks = num_ranks
+        self.step = 0
+        self.num_tokens = 0
+        self.seconds = 0.0
+        self.model = Reasoner(Shape(), plan.seed)
+        inside = [
+            parameter for parameter in self.model.model.layers.parameters() if parameter.dim() == 2
+        ]
+        known = {id(parameter) for parameter in inside}
+        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(inside, lr=plan.matrix_rate, weight_decay=plan.weight_decay),
+            torch.optim.AdamW(
+                rest, lr=plan.other_rate, betas=(0.9, 0.95), weight_decay=plan.weight_decay
+            ),
+        ]
+        self.parameters = list(self.model.parameters())
+
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One update, from the gradients of all ranks. Returns this rank's loss and which labels
+        were predicted, bool [B, T]."""
+        for optimizer, rate in zip(
+            self.optimizers, (self.plan.matrix_rate, self.plan.other_rate), strict=True
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self.plan.rate(self.step)
+        logits = self.model(batch.ids).float()
+        loss = functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=NOT_LEARNED
+        )
+        loss.backward()
+        self._average_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.num_tokens += batch.ids.numel() * self.num_ranks
+        return loss.detach(), logits.argmax(-1) == batch.labels
+
+    def _average_gradients(self) -> None:
+        if self.num_ranks == 1:
+            return
+        gradients = [parameter.grad for parameter in self.parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / self.num_ranks
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint, whole or not at all, and the model for vLLM."""
+        state = {
+            "step": self.step,
+            "num_tokens": self.num_tokens,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        torch.save(state, folder / "checkpoint.new")
+        os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")
+        export(self.model, folder / "model")
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the folder's checkpoint, if it has one."""
+        if not (folder / "checkpoint.pt").is_file():
+            return
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.seconds = state["seconds"]
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+class Log:
+    """Averages over STEPS_PER_LINE steps, one JSON line each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.losses: list[float] = []
+        self.right: dict[str, list[int]] = {}
+
+    def add(self, batch: Batch, loss: Tensor, right: Tensor) -> None:
+        """Take in a step: graded words right and in all, by task and length."""
+        self.losses.append(float(loss))
+        for idx, task in enumerate(TASKS):
+            rows = batch.tasks == idx
+            graded = batch.graded[rows]
+            counts = self.right.setdefault(f"{task}/{batch.ids.shape[1]}", [0, 0])
+            counts[0] += int(right[rows][graded].sum())
+            counts[1] += int(graded.sum())
+
+    def write(self, training: Training) -> None:
+        """Write a line and start over."""
+        line = {
+            "step": training.step,
+            "tokens": training.num_tokens,
+            "seconds": round(training.seconds),
+            "loss": round(sum(self.losses) / len(self.losses), 4),
+            "rate": round(training.plan.rate(training.step), 4),
+            "right": {
+                name: round(right / total, 4)
+                for name, (right, total) in sorted(self.right.items())
+                if total
+            },
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.losses, self.right = [], {}
+
+
+def train(plan: Plan, folder: Path, rank: int, num_ranks: int, checkpoint_seconds: float) -> None:
+    """Train until the last step. Rank 0 writes."""
+    torch.set_num_threads(1)
+    training = Training(plan, num_ranks)
+    training.resume(folder)
+    if num_ranks > 1:
+        meeting = f"file://{(folder / 'meeting').resolve()}"
+        torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=num_ranks)
+    log = Log(folder / "log.jsonl")
+    saved = time.monotonic()
+    while training.step < plan.steps:
+        begun = time.monotonic()
+        length = plan.length(training.step)
+        rows = max(1, plan.tokens_per_step // length // num_ranks)
+        batch = make_batch(plan.seed, training.step, rows, length, rank, num_ranks)
+        log.add(batch, *training.train_step(batch))
+        training.seconds += time.monotonic() - begun
+        if training.step % STEPS_PER_LINE == 0 and rank == 0:
+            log.write(training)
+        if time.monotonic() - saved > checkpoint_seconds and rank == 0:
+            training.save(folder)
+            saved = time.monotonic()
+    if rank == 0:
+        training.save(folder)
+
+
+def main() -> None:
+    """Start the ranks and wait for them."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--rank", type=int, help="be this one, where the others are started apart")
+    parser.add_argument("--checkpoint-seconds", type=float, default=180)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = Plan(steps=arguments.steps, seed=arguments.seed)
+    (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
+    how = (arguments.ranks, arguments.checkpoint_seconds)
+    if arguments.rank is not None:
+        train(plan, folder, arguments.rank, *how)
+        return
+    (folder / "meeting").unlink(missing_ok=True)
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=train, args=(plan, folder, rank, *how))
+        for rank in range(arguments.ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("a rank failed; its error is above. Start again to go on.")
+
+
+if __name__ == "__main__":
+    main()

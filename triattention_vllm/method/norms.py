@@ -1,0 +1,18 @@
+"""Lengths of the cached keys or values of a batch of rounds."""
+
+import torch
+from torch import Tensor
+from triattention_kernels import RoundBatch
+
+
+def region_norms(cached: Tensor, batch: RoundBatch) -> Tensor:
+    """Euclidean lengths over the head dims, [R, L, H_kv, S_max * block_size] float32.
+
+    cached: keys or values of a PagedKV, [L, num_blocks, H_kv, S1, S2, D1, D2]. One request's
+    region is copied at a time. Padding blocks of shorter requests are read as well.
+    """
+    norms = [
+        cached[:, region].float().square().sum(dim=(5, 6)).sqrt().flatten(3)  # [L, S, H_kv, slots]
+        for region in batch.source_blocks
+    ]
+    return torch.stack(norms).transpose(2, 3).flatten(3)

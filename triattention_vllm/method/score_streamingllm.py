@@ -1,0 +1,23 @@
+"""StreamingLLM: attention sinks and the most recent tokens (arXiv 2309.17453).
+
+    s(token) = its place in the region
+
+The sinks are the policy's protected prefix. Places are ages only while survivors stay in order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from triattention_kernels import PagedKV, RoundBatch
+
+
+class StreamingLLMScorer:
+    """Recency alone."""
+
+    def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
+        """See ``Scorer.scores``; one score per KV head, float32 (exact below 2^24 tokens)."""
+        num_requests, num_blocks = batch.source_blocks.shape
+        num_tokens = num_blocks * kv.block_size
+        places = torch.arange(num_tokens, dtype=torch.float32, device=kv.keys.device)
+        return places.expand(num_requests, kv.num_layers, kv.num_kv_heads, num_tokens)

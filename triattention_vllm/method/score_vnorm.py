@@ -1,0 +1,19 @@
+"""Value norm: tokens with large values move the output most and stay.
+
+s(token) = |v|
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from triattention_kernels import PagedKV, RoundBatch
+
+from triattention_vllm.method.norms import region_norms
+
+
+class VnormScorer:
+    """The length of the cached value."""
+
+    def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
+        """See ``Scorer.scores``; one score per KV head, float32. Reads V of the regions once."""
+        return region_norms(kv.values, batch)
