@@ -20,6 +20,7 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
+    "inspect": Subcommand("inspect_file", "what a statistics file holds, in tables and pictures"),
     "plan": Subcommand("plan", "how many tokens and requests fit on a GPU"),
     "calibrate": Subcommand("calibrate", "make or import the statistics file of a model"),
     "demo": Subcommand("demo", "serve a tiny model with and without compression, and compare"),

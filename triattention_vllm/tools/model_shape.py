@@ -112,7 +112,7 @@ def read_model(source: str) -> ModelShape:
 
     Raises UnsupportedError, naming ``source``, where it is none of these or lacks a field.
     """
-    config = _read_config(source)
+    config = read_config(source)
     text = config.get_text_config()
     _refuse_not_counted(source, text)
     num_layers = _number(source, text, "num_hidden_layers")
@@ -164,7 +164,7 @@ def stages(num_layers: int, num_stages: int) -> list[range]:
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
-def _read_config(source: str) -> Any:
+def read_config(source: str) -> Any:
     """transformers' configuration object."""
     from transformers import AutoConfig
 

@@ -15,10 +15,7 @@ from triattention_vllm.errors import StatisticsError
 from triattention_vllm.method.statistics.fingerprint import Fingerprint
 
 SCHEMA_VERSION = "1"
-MAKE_ANOTHER = (
-    "run `triattention calibrate --model MODEL --output FILE` to make another, "
-    "or delete the file to have it made at the next start"
-)
+MAKE_ANOTHER = "run `triattention calibrate --model MODEL --output FILE` to make another"
 _FORMAT = "triattention-statistics"
 
 
