@@ -17,6 +17,8 @@ Value = str | int
 ENABLE = f"{ENVIRONMENT_PREFIX}ENABLE"
 ALLOW_UNTESTED_VLLM = f"{ENVIRONMENT_PREFIX}ALLOW_UNTESTED_VLLM"
 CACHE = f"{ENVIRONMENT_PREFIX}CACHE"
+METRICS_FOLDER = f"{ENVIRONMENT_PREFIX}METRICS_FOLDER"
+"""Not a setting: a server names the folder in which its own processes count."""
 AUTHORS_PREFIX = "TRIATTN_RUNTIME_"
 AUTHORS_ENABLE = "ENABLE_TRIATTENTION"
 
@@ -70,8 +72,10 @@ def own_settings(environ: Mapping[str, str]) -> dict[str, Value]:
 
 
 def own_variables(environ: Mapping[str, str]) -> list[str]:
-    """Names of all ``TRIATTENTION_*`` variables that are set, known or not."""
-    return sorted(name for name in environ if name.startswith(ENVIRONMENT_PREFIX))
+    """Names of all ``TRIATTENTION_*`` variables that a user has set, known or not."""
+    return sorted(
+        name for name in environ if name.startswith(ENVIRONMENT_PREFIX) and name != METRICS_FOLDER
+    )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from triattention_vllm.config import (
     descriptions,
     settings_help,
 )
+from triattention_vllm.engine.metrics_folder import share_metrics_folder
 from triattention_vllm.engine.other_plugins import refuse_authors_plugin
 from triattention_vllm.engine.versions import require_attributes, require_verified, vllm_version
 from triattention_vllm.errors import SettingsError, UnsupportedError
@@ -191,6 +192,7 @@ def _wrap_create_engine_config() -> None:
         vllm_config = original(self, *args, **kwargs)
         if settings is not None:
             turn_on(vllm_config, settings)
+            share_metrics_folder(log_stats=not self.disable_log_stats)
         return vllm_config
 
     EngineArgs.create_engine_config = create_engine_config

@@ -47,6 +47,12 @@ class RoundPlan:
         """Blocks that the row lost: evicted tokens / block size."""
         return len(self.source_blocks) - len(self.destination_blocks)
 
+    @property
+    def num_private_blocks(self) -> int:
+        """Destination blocks that stand in the place of hashed or shared ones."""
+        pairs = zip(self.source_blocks, self.destination_blocks, strict=False)
+        return sum(source != destination for source, destination in pairs)
+
 
 class CompressedKVCacheManager(FullAttentionManager):
     """vLLM's full-attention manager plus rounds.

@@ -6,11 +6,15 @@ with the ``SchedulerOutput`` to every rank of tensor and pipeline parallelism, i
 
 from dataclasses import dataclass, field
 
+from vllm import envs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundPlan
+from triattention_vllm.engine.metrics_file import metrics_file
+from triattention_vllm.engine.periodic_log import PeriodicLog
+from triattention_vllm.engine.step_counts import STEP_METRICS, StepCounts
 
 
 @dataclass
@@ -54,21 +58,38 @@ def with_rounds(
 
 
 class CompressionScheduler(Scheduler):
-    """``Scheduler`` whose output carries rounds."""
+    """``Scheduler`` whose output carries rounds, and which counts them."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.compressed_managers = compressed_managers(self)
+        metrics = metrics_file(self.vllm_config, STEP_METRICS) if self.log_stats else None
+        self.step_counts: StepCounts | None = None
+        if metrics is not None:
+            log = PeriodicLog(envs.VLLM_LOG_STATS_INTERVAL)
+            self.step_counts = StepCounts(self.compressed_managers, metrics, log)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step, as vLLM schedules it, with the rounds that it started."""
-        output = super().schedule(throttle_prefills)
-        return with_rounds(output, compressed_managers(self))
+        output = with_rounds(super().schedule(throttle_prefills), self.compressed_managers)
+        if self.step_counts is not None:
+            self.step_counts.count(output, plans_of(output), self.running)
+        return output
+
+    def shutdown(self) -> None:
+        """Also end what counts."""
+        super().shutdown()
+        if self.step_counts is not None:
+            self.step_counts.close()
 
 
-class CompressionAsyncScheduler(AsyncScheduler):
-    """``AsyncScheduler`` whose output carries rounds."""
+class CompressionAsyncScheduler(CompressionScheduler, AsyncScheduler):
+    """``AsyncScheduler`` whose output carries rounds, and which counts them."""
 
-    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """One step, as vLLM schedules it, with the rounds that it started."""
-        output = super().schedule(throttle_prefills)
-        return with_rounds(output, compressed_managers(self))
+
+def plans_of(output: SchedulerOutput) -> tuple[RoundPlan, ...]:
+    """The rounds of a step."""
+    return output.round_plans if isinstance(output, RoundsSchedulerOutput) else ()
 
 
 def compressed_managers(scheduler: Scheduler) -> list[CompressedKVCacheManager]:

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -19,8 +19,11 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.attention import BACKENDS, ShiftedRows, override_backends
 from triattention_vllm.engine.drafts import draft_attention_groups, draft_layer_names
+from triattention_vllm.engine.kv_manager import RoundPlan
+from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.null_heads import NullHeads
 from triattention_vllm.engine.refusals import refuse_unsupported_layers
+from triattention_vllm.engine.round_time import RoundTime
 from triattention_vllm.engine.rounds import (
     DraftRounds,
     Rounds,
@@ -37,6 +40,7 @@ from triattention_vllm.engine.statistics_source import StatisticsSource
 from triattention_vllm.environment import ALLOW_UNTESTED_VLLM, allows_untested_vllm
 from triattention_vllm.errors import UnsupportedError
 from triattention_vllm.log import log_once, logger
+from triattention_vllm.metrics import ROUND_TIME
 
 StepOutput: TypeAlias = ModelRunnerOutput | AsyncModelRunnerOutput | None
 
@@ -81,6 +85,9 @@ class CompressionWorker(Worker):
         """Allocate the KV cache; tell the metadata builders where null heads are known."""
         super().initialize_from_config(kv_cache_config)
         self.kv_cache_config = kv_cache_config
+        # One worker of each engine speaks for all of them.
+        metrics = metrics_file(self.vllm_config, (ROUND_TIME,)) if self.rank == 0 else None
+        self.round_time = RoundTime(metrics, self.device)
         runner = self.model_runner
         self.rows: Rows = RowsV2(runner) if self.use_v2_model_runner else RowsV1(runner)
         groups = itertools.chain(*runner.attn_groups, draft_attention_groups(runner))
@@ -139,12 +146,12 @@ class CompressionWorker(Worker):
         The forward pass, zeroing and copy-on-write all come after, so blocks that a round
         freed, and that another request may already hold, still have their tokens here.
         """
+        self.round_time.read_finished()
         planned = isinstance(scheduler_output, RoundsSchedulerOutput)
         plans = scheduler_output.round_plans if planned else ()
-        for group_id, rounds in self.all_rounds():
-            own = [plan for plan in plans if plan.group_id == group_id]
-            if own:
-                rounds.run(own)
+        if plans:
+            with self.round_time.measured(len(plans)):
+                self._run_rounds(plans)
         for plan in plans:
             self.rows.write(plan)
         null_heads = scheduler_output.null_heads if planned else {}
@@ -152,6 +159,12 @@ class CompressionWorker(Worker):
             of_group.begin_step(null_heads.get(group_id, {}))
         output: StepOutput = super().execute_model(scheduler_output)
         return output
+
+    def _run_rounds(self, plans: Sequence[RoundPlan]) -> None:
+        for group_id, rounds in self.all_rounds():
+            own = [plan for plan in plans if plan.group_id == group_id]
+            if own:
+                rounds.run(own)
 
     def all_rounds(self) -> Iterator[tuple[int, Rounds]]:
         """Group and rounds of this rank's layers, those of a draft model behind the others."""
