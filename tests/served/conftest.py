@@ -33,7 +33,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--kv-compression-config.interval=64",
         "--kv-compression-config.window=32",
     ]
-    environment = {"TRIATTENTION_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "TRIATTENTION_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "VLLM_LOG_STATS_INTERVAL": "1",
+    }
     log_path = Path(folder / "server.log")
     with serving(model, arguments, log_path, environment=environment) as running:
         yield running

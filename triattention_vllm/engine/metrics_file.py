@@ -10,14 +10,17 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.utils import floatToGoString
-from vllm.config import VllmConfig
 
 from triattention_vllm.environment import METRICS_FOLDER
 from triattention_vllm.metrics import LABELS, Metric
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 OWNER = "triattention-"
 """Begins the part of a file's name that says whose it is: prometheus_client's own files, with
@@ -99,7 +102,7 @@ class MetricsFile:
         return file
 
 
-def metrics_file(vllm_config: VllmConfig, metrics: Sequence[Metric]) -> MetricsFile | None:
+def metrics_file(vllm_config: "VllmConfig", metrics: Sequence[Metric]) -> MetricsFile | None:
     """The file for ``metrics`` of the engine that ``vllm_config`` describes, or None where vLLM
     keeps no statistics."""
     if METRICS_FOLDER not in os.environ:

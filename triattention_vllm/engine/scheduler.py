@@ -6,7 +6,7 @@ with the ``SchedulerOutput`` to every rank of tensor and pipeline parallelism, i
 
 from dataclasses import dataclass, field
 
-from vllm import envs
+import vllm.envs as envs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler

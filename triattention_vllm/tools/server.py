@@ -83,10 +83,15 @@ class Server:
         """Everything the server has written so far."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def pool_state(self) -> PoolState:
-        """The pool now; blocks for one request on loopback."""
+    def metrics(self) -> str:
+        """What a scrape returns; blocks for one request on loopback."""
         with urllib.request.urlopen(f"{self.root_url}/metrics", timeout=30) as response:
-            return pool_state(response.read().decode(), time.monotonic())
+            text: str = response.read().decode()
+            return text
+
+    def pool_state(self) -> PoolState:
+        """The pool now, from a scrape."""
+        return pool_state(self.metrics(), time.monotonic())
 
     def wait_until_ready(self, timeout: float) -> None:
         """Return once the server answers; raise TriAttentionError with the end of its log where it
