@@ -3,7 +3,10 @@
 Runs before ``test_serve.py``, whose last test ends the shared server.
 """
 
+import importlib.util
+import json
 import re
+import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +20,7 @@ from triattention_vllm.metrics import METRICS, PREFIX
 from triattention_vllm.tools.server import Server, serving
 from triattention_vllm.tools.tiny_model import write_tiny_model
 
+ROOT = Path(__file__).parents[2]
 BLOCK_SIZE = 32
 SETTINGS = Settings(budget=256, interval=64, window=32)
 LINE = re.compile(
@@ -128,6 +132,22 @@ def test_a_log_line_beside_vllms_says_what_was_freed(server: Server) -> None:
         time.sleep(0.1)
     assert any(not line.startswith("KV compression: 0 blocks") for line in lines)
     assert all(line.endswith("0 preemptions") for line in lines)
+
+
+def test_the_picture_of_the_dashboard_is_drawn_from_scrapes(server: Server, tmp_path: Path) -> None:
+    path = ROOT / "benchmarks" / "dashboard.py"
+    spec = importlib.util.spec_from_file_location("dashboard", path)
+    assert spec is not None
+    assert spec.loader is not None
+    dashboard = importlib.util.module_from_spec(spec)
+    sys.modules["dashboard"] = dashboard  # where its dataclass looks for its own module
+    spec.loader.exec_module(dashboard)
+    panels = json.loads(dashboard.DASHBOARD.read_text())["panels"]
+    queries = {panel["title"]: len(panel["targets"]) for panel in panels}
+    assert {title: len(series) for title, series in dashboard.SERIES.items()} == queries
+    scrapes = [dashboard.scrape(server, time.monotonic() - idx) for idx in range(3)]
+    dashboard.draw(scrapes, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_api_server_answers_for_all_engines(tmp_path: Path) -> None:
