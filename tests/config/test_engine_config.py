@@ -14,7 +14,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine import other_plugins, versions
+from triattention_vllm.engine import differences, other_plugins, versions
 from triattention_vllm.engine.cli import ASYNC_SCHEDULER, SCHEDULER
 from triattention_vllm.engine.settings import settings_of
 from triattention_vllm.errors import SeamError, SettingsError, UnsupportedError
@@ -158,7 +158,7 @@ def test_an_untested_vllm_is_refused_only_when_compression_is_on(
 ) -> None:
     monkeypatch.setattr(versions.vllm, "__version__", "0.99.1")
     assert settings_of(arguments(model).create_engine_config()) is None
-    with pytest.raises(UnsupportedError, match="tested with vLLM 0.32, and this is 0.99.1; inst"):
+    with pytest.raises(UnsupportedError, match=r"with vLLM 0.28, .*0.32, and this is 0.99.1; inst"):
         arguments(model, ON).create_engine_config()
     monkeypatch.setenv("TRIATTENTION_ALLOW_UNTESTED_VLLM", "0")
     with pytest.raises(UnsupportedError, match="TRIATTENTION_ALLOW_UNTESTED_VLLM=1 to try"):
@@ -172,6 +172,8 @@ def test_an_untested_vllm_is_refused_only_when_compression_is_on(
     [
         ("0.32.0", True),
         ("0.32.7.dev3+g0a1b2c", True),
+        ("0.28.0", True),
+        ("0.27.1", False),
         ("0.3.2", False),
         ("0.33.0", False),
         ("dev", False),
@@ -180,6 +182,23 @@ def test_an_untested_vllm_is_refused_only_when_compression_is_on(
 )
 def test_a_version_is_verified_by_its_release_line(version: str, verified: bool) -> None:
     assert versions.is_verified(version) is verified
+
+
+@pytest.mark.parametrize(
+    ("version", "line"), [("0.28.1+cpu", (0, 28)), ("0.34.0", (0, 34)), ("dev", (0, 33))]
+)
+def test_a_version_without_a_number_behaves_like_the_newest_known(
+    version: str, line: tuple[int, int]
+) -> None:
+    assert versions.line_of_behaviour(version) == line
+    assert versions.line_of_behaviour(versions.vllm_version()) == differences.LINE
+
+
+def test_a_version_whose_source_was_read_and_never_run_says_so() -> None:
+    said = "this is 0.33.0, whose source has every seam that is needed but which has not been run"
+    with pytest.raises(UnsupportedError, match=f"{said}; install one of those"):
+        versions.require_verified("0.33.0", {})
+    versions.require_verified("0.33.0", {"TRIATTENTION_ALLOW_UNTESTED_VLLM": "1"})
 
 
 def test_a_seam_that_is_gone_is_named_with_the_version() -> None:

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from triattention_vllm.engine.cli import flags_of
+from triattention_vllm.engine.differences import LINE
 from triattention_vllm.plugin import register
+
+if LINE < (0, 29):
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+else:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 
 @pytest.fixture(scope="module")

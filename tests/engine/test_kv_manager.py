@@ -158,6 +158,17 @@ def test_protected_prompt_blocks_stay_shared_between_compressed_requests() -> No
     assert all(block.ref_cnt == 2 for block in prefixes[0])
 
 
+def test_null_heads_are_no_common_prefix() -> None:
+    """vLLM asks through 0.31, to read a prefix that all requests share only once."""
+    world = PoolWorld(SMALL, 4, 300)
+    for request_id, seed in (("a", 0), ("b", 1)):
+        world.add(request_id, prompt_of(seed, 21))
+    for _ in range(120):
+        world.step()
+    assert min(world.manager.num_null_blocks.values()) > 3
+    assert [world.manager.get_num_common_prefix_blocks(r) for r in ("a", "b")] == [0, 0]
+
+
 def test_a_preempted_request_starts_from_zero_and_is_compressed_again() -> None:
     """Regression: a stale offset of a preempted request led to negative slots."""
     world = PoolWorld(SMALL, 4, 26, prefix_caching=False)

@@ -7,6 +7,7 @@ from triattention_kernels import ArgumentError, PagedKV, stack_layers
 from triattention_kernels.paged import CpuLayout
 from vllm.model_executor.layers.attention import Attention
 
+from triattention_vllm.engine.differences import cpu_packing
 from triattention_vllm.errors import UnsupportedError
 
 CPU_LAYOUTS: dict[str, CpuLayout] = {"vec": "vec", "vec16": "vec16", "amx": "amx"}
@@ -19,7 +20,7 @@ def paged_kv(layers: Sequence[Attention], block_size: int) -> PagedKV:
     CUDA backends store a token's key and value side by side in any layout of the other
     dimensions; the CPU backend packs them by instruction set inside a block.
 
-    The layers of a group are equally spaced in one storage (vLLM's ``create_kv_cache_views``).
+    The layers of a group are equally spaced in one storage (``differences.with_one_allocation``).
     Raises UnsupportedError for a layout that is not known to be read exactly.
     """
     found = {layer.kv_cache.shape[2] for layer in layers}
@@ -31,7 +32,7 @@ def paged_kv(layers: Sequence[Attention], block_size: int) -> PagedKV:
     blocks = _stacked(layers)
     if blocks.device.type != "cpu":
         return PagedKV.from_blocks(blocks)
-    isa = layers[0].isa
+    isa = cpu_packing(layers[0])
     if isa not in CPU_LAYOUTS:
         raise UnsupportedError(
             f"the CPU attention backend packs its KV cache for {isa!r}; this package reads "

@@ -7,13 +7,14 @@ frees as many real ones and notes a plan; the workers carry it out before the sa
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
+from triattention_vllm.engine.differences import is_block_writable
 from triattention_vllm.errors import RoundError
 from triattention_vllm.log import log_once
 from triattention_vllm.method.policy import Round
@@ -141,7 +142,7 @@ class CompressedKVCacheManager(FullAttentionManager):
         num_destination = len(source) - num_new_null
         # A writable block is refilled in its place, so survivors only slide forward; in place
         # of a hashed or shared one comes a private block.
-        in_place = [self.block_pool.is_block_writable(b) for b in source[:num_destination]]
+        in_place = [is_block_writable(self.block_pool, b) for b in source[:num_destination]]
         num_private = in_place.count(False)
         released = [b for b, kept in zip(source, in_place, strict=False) if not kept]
         released += source[num_destination:]
@@ -180,24 +181,21 @@ class CompressedKVCacheManager(FullAttentionManager):
         self.pending_plans.clear()
         return plans
 
-    def cache_blocks(
-        self,
-        request: Request,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Register block hashes as vLLM does, until the request's first round.
 
         Behind a round, block ``i`` no longer holds what tokens ``i * block_size`` onwards would
-        hold without compression, so nothing computed after it may serve another request.
+        hold without compression, so nothing computed after it may serve another request. What
+        else vLLM passes differs by version, and is passed on.
         """
-        if request.request_id in self.num_null_blocks:
-            return
-        super().cache_blocks(
-            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
-        )
+        if request.request_id not in self.num_null_blocks:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """None: through 0.31 vLLM counts the leading blocks that every running request holds,
+        by their reference counts, and those of the null block are not kept."""
+        del running_request_id
+        return 0
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """The request's real blocks; its null head and a plan not yet sent are forgotten."""

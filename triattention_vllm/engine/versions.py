@@ -1,4 +1,7 @@
-"""The vLLM versions that were verified, and what happens with any other."""
+"""The vLLM versions that were verified, and what happens with any other.
+
+What those versions do differently is in ``differences``, and nowhere else.
+"""
 
 import logging
 import re
@@ -10,8 +13,14 @@ from triattention_vllm.environment import ALLOW_UNTESTED_VLLM, allows_untested_v
 from triattention_vllm.errors import SeamError, UnsupportedError
 from triattention_vllm.log import log_once
 
-VERIFIED = ((0, 32),)
-"""(major, minor) of every vLLM release line that the test suite has run on."""
+Line = tuple[int, int]
+"""(major, minor) of a release line of vLLM."""
+
+VERIFIED: tuple[Line, ...] = ((0, 28), (0, 29), (0, 30), (0, 31), (0, 32))
+"""Every release line that the test suite has run on, in order."""
+
+SOURCE_CHECKED: tuple[Line, ...] = ((0, 33),)
+"""Release lines without a CPU build: a test reads every seam in their source, and nothing ran."""
 
 
 def vllm_version() -> str:
@@ -19,20 +28,37 @@ def vllm_version() -> str:
     return str(vllm.__version__)
 
 
-def is_verified(version: str) -> bool:
-    """Whether ``version`` belongs to a verified release line; a version that does not start
-    with two numbers (a source build without tags) does not."""
+def release_line(version: str) -> Line | None:
+    """The release line of ``version``, or None where it does not start with two numbers (a
+    source build without tags)."""
     found = re.match(r"(\d+)\.(\d+)", version)
-    return found is not None and (int(found[1]), int(found[2])) in VERIFIED
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def line_of_behaviour(version: str) -> Line:
+    """The line whose behaviour ``version`` is taken to have: its own, or the newest known one
+    for a version without a number, which only runs where the user accepts untested versions."""
+    return release_line(version) or max(VERIFIED + SOURCE_CHECKED)
+
+
+def is_verified(version: str) -> bool:
+    """Whether ``version`` belongs to a verified release line."""
+    return release_line(version) in VERIFIED
+
+
+def names(lines: tuple[Line, ...]) -> str:
+    """Release lines in words: ``0.28, 0.29``."""
+    return ", ".join(f"{major}.{minor}" for major, minor in lines)
 
 
 def require_verified(version: str, environ: Mapping[str, str]) -> None:
-    """Raise UnsupportedError for a version that was never tested; where the user accepts it
-    in the environment, warn instead."""
+    """Raise UnsupportedError for a version that was never run; where the user accepts it in
+    the environment, warn instead."""
     if is_verified(version):
         return
-    lines = ", ".join(f"{major}.{minor}" for major, minor in VERIFIED)
-    found = f"KV compression was tested with vLLM {lines}, and this is {version}"
+    found = f"KV compression was tested with vLLM {names(VERIFIED)}, and this is {version}"
+    if release_line(version) in SOURCE_CHECKED:
+        found += ", whose source has every seam that is needed but which has not been run"
     if not allows_untested_vllm(environ):
         raise UnsupportedError(
             f"{found}; install one of those, turn compression off, or set "

@@ -18,6 +18,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.attention import BACKENDS, ShiftedRows, override_backends
+from triattention_vllm.engine.differences import with_one_allocation
 from triattention_vllm.engine.drafts import draft_attention_groups, draft_layer_names
 from triattention_vllm.engine.kv_manager import RoundPlan
 from triattention_vllm.engine.metrics_file import metrics_file
@@ -83,6 +84,7 @@ class CompressionWorker(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache; tell the metadata builders where null heads are known."""
+        kv_cache_config = with_one_allocation(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         self.kv_cache_config = kv_cache_config
         # One worker of each engine speaks for all of them.

@@ -1,0 +1,62 @@
+"""What vLLM's release lines do differently, each behind a function of one meaning.
+
+Every comparison with a version of vLLM is in this file. A branch goes when ``VERIFIED`` in
+``versions`` no longer holds a line that needs it.
+"""
+
+import dataclasses
+import itertools
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+
+from triattention_vllm.engine.versions import line_of_behaviour, vllm_version
+
+LINE = line_of_behaviour(vllm_version())
+
+
+def is_block_writable(pool: BlockPool, block: KVCacheBlock) -> bool:
+    """Whether ``block`` has one owner and no prefix-cache hash, so that it may be refilled.
+
+    ``BlockPool.is_block_writable`` is new in 0.29; before it, the same rule.
+    """
+    if LINE < (0, 29):
+        return not block.is_null and block.ref_cnt == 1 and block.block_hash is None
+    return bool(pool.is_block_writable(block))
+
+
+def cpu_packing(layer: Attention) -> str:
+    """The instruction set that vLLM's CPU attention packs the layer's blocks for.
+
+    Through 0.28 the attention implementation knows it; since 0.29 it is set on the layer.
+    """
+    return str(layer.impl.isa if LINE < (0, 29) else layer.isa)
+
+
+def with_one_allocation(config: KVCacheConfig) -> KVCacheConfig:
+    """``config`` with the caches of all layers in one allocation, at equal spacing, so that one
+    strided view covers the layers of a group.
+
+    Since 0.29 vLLM allocates so. 0.28 allocates layer by layer, unless the configuration says
+    that a block holds the pages of all layers (its "packed" layout). Its Mamba layers do not
+    know that layout, so a model that has some keeps its layers apart.
+    """
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    tensors = config.kv_cache_tensors
+    packed = any(tensor.block_stride for tensor in tensors)
+    if LINE >= (0, 29) or packed or any(isinstance(spec, MambaSpec) for spec in specs):
+        return config
+    pages = [tensor.size // config.num_blocks for tensor in tensors]
+    stride = sum(pages)
+    starts = itertools.accumulate(pages, initial=0)
+    return dataclasses.replace(
+        config,
+        kv_cache_tensors=[
+            dataclasses.replace(
+                tensor, size=stride * config.num_blocks, offset=start, block_stride=stride
+            )
+            for tensor, start in zip(tensors, starts, strict=False)
+        ],
+    )
