@@ -75,7 +75,7 @@ def round_shape(model: Model, budget: int, num_requests: int) -> RoundShape:
 def key_bytes(shape: RoundShape) -> int:
     """Bytes of the keys of all regions; the values are as many."""
     rows = shape.num_requests * shape.num_layers * shape.num_kv_heads
-    return rows * shape.num_tokens * shape.head_dim * shape.element_bytes
+    return rows * shape.num_tokens * shape.row_bytes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from torch import Tensor
 from triattention_kernels.errors import ArgumentError
 from triattention_kernels.paged import PagedKV, RoundBatch
 
-SCORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+SCORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES)
+SCALED_DTYPES = (torch.int8, *FP8_DTYPES)
 
 
 def check_batch(batch: RoundBatch, block_size: int, device: torch.device) -> None:
@@ -30,13 +32,15 @@ def check_batch(batch: RoundBatch, block_size: int, device: torch.device) -> Non
                 f"request {idx} keeps {num_destination} blocks of {num_source}; at most all of"
                 " its source blocks can be kept"
             )
+    num_kept = [num_blocks * block_size for num_blocks in batch.num_destination_blocks]
     if len(batch.first_candidate) != num_requests or any(
-        first < 0 or first >= block_size for first in batch.first_candidate
+        first < 0 or first >= kept
+        for first, kept in zip(batch.first_candidate, num_kept, strict=True)
     ):
         raise ArgumentError(
             f"first_candidate is {batch.first_candidate}; one per request ({num_requests}), each"
-            f" from 0 to {block_size - 1}, is needed: start the region at the block that holds"
-            " the first candidate"
+            f" from 0 to less than the tokens that the request keeps {num_kept}, is needed: a"
+            " round keeps its protected tokens and at least one candidate"
         )
 
 
@@ -50,10 +54,12 @@ def check_score(
     """Raise ArgumentError unless the arguments of ``score`` fit each other."""
     device = kv.keys.device
     check_batch(batch, kv.block_size, device)
-    if kv.keys.dtype not in SCORED_DTYPES:
+    allowed = SCORED_DTYPES if kv.scales is None else SCALED_DTYPES
+    if kv.keys.dtype not in allowed:
         raise ArgumentError(
-            f"keys of dtype {_names((kv.keys.dtype,))} cannot be scored; allowed are"
-            f" {_names(SCORED_DTYPES)}: view quantised bytes as the numbers they stand for first"
+            f"keys of dtype {_names((kv.keys.dtype,))} cannot be scored"
+            f" {'without' if kv.scales is None else 'with'} a scale for every token and head;"
+            f" allowed are {_names(allowed)}: view quantised bytes as the numbers they stand for"
         )
     if rotary_dim < 0 or rotary_dim % 2 or rotary_dim > kv.head_dim:
         raise ArgumentError(

@@ -15,7 +15,7 @@ def compact(
     implementation: Implementation | None = None,
 ) -> None:
     """Slot j of a request's destination blocks receives its region token ``kept[r, l, h, j]``,
-    keys and values, for every layer and KV head, bit-exact in any dtype.
+    keys and values and their scales, for every layer and KV head, bit-exact in any dtype.
 
     Writes ``kv`` in place, whole destination blocks and nothing else. Every read of the batch
     comes before its first write, so a destination may be a source of the same or of another
@@ -26,7 +26,8 @@ def compact(
         Ascending, or in the order of ``fill_holes``, where ``batch.moves_forward``.
     implementation: None for the device's own (``implementation.choose``).
     Does not synchronise with the device. Moves ``2 * 2 * L * H_kv * D`` elements per kept token
-    (keys and values, read and written). Raises ArgumentError.
+    (keys and values, read and written), and as many times 4 bytes of scales where there are any.
+    Raises ArgumentError.
     """
     check_compact(kv, batch, kept)
     if choose(implementation, kv.keys.device) == "triton":

@@ -177,10 +177,12 @@ def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
     token's source: two launches, all reads into scratch memory of the size of everything kept,
     then all writes. Moves ``traffic.compact_traffic`` bytes.
     """
-    keys, values = as_integers(kv.keys, kv.values)
+    keys, values = as_integers(*kv.rows)
     num_requests, num_layers, num_kv_heads, _ = kept.shape
     head_dim = keys.shape[5] * keys.shape[6]
     dims_pad = triton.next_power_of_2(head_dim)
+    # A padded row keeps a mask for every element: half the tile, so that they stay in registers.
+    tile_elements = TILE_ELEMENTS if dims_pad == head_dim else TILE_ELEMENTS // 2
     phases = [(True, True)] if batch.moves_forward else [(True, False), (False, True)]
     scratch_tokens = 0 if batch.moves_forward else kept.numel()
     scratch = keys.new_empty(max(1, scratch_tokens * 2 * head_dim))
@@ -206,7 +208,7 @@ def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
             VALUES_D2=values.shape[6],
             BLOCK_SIZE=kv.block_size,
             DIMS_PAD=dims_pad,
-            TILE=min(max(16, TILE_ELEMENTS // dims_pad), MAX_TILE_TOKENS),
+            TILE=min(max(16, tile_elements // dims_pad), MAX_TILE_TOKENS),
             READS=reads,
             WRITES=writes,
             num_warps=4,

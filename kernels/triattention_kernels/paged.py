@@ -15,6 +15,23 @@ CpuLayout = Literal["vec", "vec16", "amx"]
 # vLLM's AMX packing keeps 16 slots (keys) or 16 dims (values) together, in pairs of the other.
 AMX_GROUP = 16
 
+SCALE_BYTES = 4  # float32
+
+
+@dataclass(frozen=True)
+class TokenHeadScales:
+    """Scales of a cache that quantises every token and KV head by itself.
+
+    keys: [L, num_blocks, H_kv, S1, S2] float32, with the strides of the one-byte numbers in units
+        of its own 4 bytes; a key is its numbers times its scale. Scales of values are never read,
+        only moved.
+    rows: everything that is stored of a token's key and of its value, head dims first and the
+        bytes of the scale behind them, [L, num_blocks, H_kv, S1, S2, D + 4, 1] uint8 each.
+    """
+
+    keys: Tensor
+    rows: tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class PagedKV:
@@ -23,11 +40,17 @@ class PagedKV:
     keys, values: [L, num_blocks, H_kv, S1, S2, D1, D2], never copies: writing through them
     writes the cache. A token's slot in its block is ``s1 * S2 + s2``, its head dim
     ``d1 * D2 + d2``; keys and values may split the two differently. Layouts that store a
-    token's head dims as one row have S2 = D2 = 1.
+    token's head dims as one row have S2 = D2 = 1. Their dtype is that of the numbers: the bytes
+    of an fp8 cache are viewed as the fp8 dtype that they are written in. A factor that is the
+    same for all tokens of a layer and head (fp8 per tensor, per head) changes no ranking and is
+    not known here.
+
+    scales: of a cache that keeps one for every token and head, else None.
     """
 
     keys: Tensor
     values: Tensor
+    scales: TokenHeadScales | None = None
 
     def __post_init__(self) -> None:
         sizes = []
@@ -70,6 +93,11 @@ class PagedKV:
         """D."""
         return self.keys.shape[5] * self.keys.shape[6]
 
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """All that belongs to a token, of its key and of its value: what ``compact`` moves."""
+        return (self.keys, self.values) if self.scales is None else self.scales.rows
+
     @classmethod
     def from_blocks(cls, blocks: Tensor) -> "PagedKV":
         """Views of blocks that store one row per token: ``blocks[..., :D]`` is its key and
@@ -80,6 +108,35 @@ class PagedKV:
         _check_blocks(blocks)
         keys, values = torch.unflatten(blocks, -1, (2, -1)).unbind(-2)
         return cls(keys[..., None, :, None], values[..., None, :, None])
+
+    @classmethod
+    def from_scaled_blocks(cls, blocks: Tensor, dtype: torch.dtype) -> "PagedKV":
+        """Views of blocks whose tokens carry scales: ``blocks[..., :D]`` is a token's key, the
+        next 4 bytes are its float32 scale, and its value follows in the same way.
+
+        blocks: [L, num_blocks, H_kv, block_size, 2 * (D + 4)] of one byte each, the last
+        dimension contiguous, every token's row at a multiple of 4 bytes. dtype: int8 or fp8,
+        what the bytes of keys and values stand for.
+        Source: vLLM ``TritonAttentionImpl._ensure_scale_caches``.
+        """
+        _check_blocks(blocks)
+        steps = (blocks.storage_offset(), *blocks.stride()[:4], blocks.shape[4] // 2)
+        if blocks.itemsize != 1 or blocks.stride(4) != 1 or any(s % SCALE_BYTES for s in steps):
+            raise ArgumentError(
+                f"blocks is {blocks.dtype} with strides {list(blocks.stride())} from element"
+                f" {blocks.storage_offset()}; one byte an element, a contiguous last dimension and"
+                f" rows at multiples of {SCALE_BYTES} bytes are needed: float32 scales lie in them"
+            )
+        key_rows, value_rows = torch.unflatten(blocks.view(torch.uint8), -1, (2, -1)).unbind(-2)
+        keys, values = (row[..., :-SCALE_BYTES].view(dtype) for row in (key_rows, value_rows))
+        return cls(
+            keys[..., None, :, None],
+            values[..., None, :, None],
+            TokenHeadScales(
+                key_rows[..., -SCALE_BYTES:].view(torch.float32),
+                (key_rows[..., None, :, None], value_rows[..., None, :, None]),
+            ),
+        )
 
     @classmethod
     def from_cpu_layout(cls, blocks: Tensor, layout: CpuLayout) -> "PagedKV":
@@ -127,15 +184,15 @@ class RoundBatch:
     """One round for each of R requests, executed together.
 
     The *region* of a request is all tokens of its source blocks, in order. It starts at the
-    block that holds the first candidate, so a few protected tokens may lead it, and its end is
-    block-aligned. A round keeps exactly ``num_destination_blocks * block_size`` tokens of it:
+    block that holds the first candidate (or before), so protected tokens may lead it, and its end
+    is block-aligned. A round keeps exactly ``num_destination_blocks * block_size`` tokens of it:
     the leading protected ones and K survivors.
 
     source_blocks: [R, S_max] int64, physical block ids in row order, rows padded with 0.
     destination_blocks: [R, M_max] int64, likewise; all distinct within the batch (not checked:
         that would synchronise with the device), and free to be source blocks as well.
     num_source_blocks, num_destination_blocks: blocks of each request, 1 <= M <= S.
-    first_candidate: protected tokens at the start of each region, below the block size.
+    first_candidate: protected tokens at the start of each region, less than are kept of it.
     moves_forward: the caller's promise, from the block ids that it knows on the host, that
         destination block j of a request is its own source block j or a block that no request of
         the batch reads (``forward.moves_forward``). ``compact`` then needs no scratch memory.

@@ -22,6 +22,7 @@ def score(
     k' is the key as cached, after RoPE. ``|k'_f|`` is the length of the pair of dims that
     frequency f rotates, inside the first ``rotary_dim`` dims: (f, f + F) or, interleaved,
     (2f, 2f + 1), with F = rotary_dim / 2. Keys are cast to the dtype of the arithmetic first.
+    Scales of tokens and heads are positive, and s is homogeneous in k': they multiply the sums.
 
     query_weights: [R, L, H, D] float32 or float64 (decides the dtype of all arithmetic), w
         folded for each request's next query position, in head-dim order.

@@ -34,6 +34,8 @@ def score(
                 keys = read_keys(kv, layers, block, scores.dtype)
                 tile = weights[request_idx, layers] @ keys
                 tile += norms[layers] @ pair_norms(keys, interleaved, rotary_dim)
+                if kv.scales is not None:
+                    tile *= kv.scales.keys[layers, block].flatten(2)[:, :, None]
                 tokens = slice(block_idx * kv.block_size, (block_idx + 1) * kv.block_size)
                 scores[request_idx, layers, ..., tokens] = tile
     return scores.flatten(2, 3)

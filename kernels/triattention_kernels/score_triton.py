@@ -17,11 +17,14 @@ KEY_FORMATS = {
     torch.float32: "native",
     torch.float16: "native",
     torch.bfloat16: "native",
+    torch.int8: "native",
     torch.float8_e4m3fn: "e4m3",
+    torch.float8_e4m3fnuz: "e4m3fnuz",
     torch.float8_e5m2: "e5m2",
 }
-# 2^(127 - 7): float32 exponents are biased by 127, those of e4m3 by 7.
+# 2^(127 - 7): float32 exponents are biased by 127, those of e4m3 by 7, of AMD's e4m3fnuz by 8.
 E4M3_BIAS = tl.constexpr(2.0**120)
+E4M3FNUZ_BIAS = tl.constexpr(2.0**119)
 # Below this many query heads a KV head, a sum over the dims costs less than padding them to
 # what the tensor cores take.
 DOT_FROM_GROUP = 4
@@ -32,12 +35,15 @@ TILE_DIMS = 64
 @triton.jit
 def to_float32(raw, KEY_FORMAT: tl.constexpr):
     """Exact; bf16 has no arithmetic of its own on every device that runs this."""
-    if KEY_FORMAT == "e4m3":
+    if KEY_FORMAT == "e4m3" or KEY_FORMAT == "e4m3fnuz":
         sign = (raw & 0x80).to(tl.uint32) << 24
         magnitude = (raw & 0x7F).to(tl.uint32)
         # Exponent and mantissa land in float32's fields, and the product corrects the bias.
-        number = (magnitude << 20).to(tl.float32, bitcast=True) * E4M3_BIAS
-        number = tl.where(magnitude == 0x7F, float("nan"), number)
+        number = (magnitude << 20).to(tl.float32, bitcast=True)
+        if KEY_FORMAT == "e4m3":
+            number = tl.where(magnitude == 0x7F, float("nan"), number * E4M3_BIAS)
+        else:  # the place of -0 is its only NaN
+            number = tl.where(raw == 0x80, float("nan"), number * E4M3FNUZ_BIAS)
         number = (number.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     elif KEY_FORMAT == "e5m2":
         number = (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
@@ -78,6 +84,7 @@ def weighted_sum(
 @triton.jit(do_not_specialize=["num_tiles", "num_columns"])
 def score_kernel(
     keys,
+    scales,
     source_blocks,
     counts,
     query_weights,
@@ -106,6 +113,8 @@ def score_kernel(
     S2: tl.constexpr,
     D2: tl.constexpr,
     KEY_FORMAT: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    SCALED: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     PAIRS_TILE: tl.constexpr,
@@ -115,6 +124,7 @@ def score_kernel(
 ):
     """One program: a tile of tokens of one KV head, layer and request, all its query heads.
 
+    Strides of layers, blocks, heads and slots count STRIDE_UNIT elements.
     Arguments that change from round to round are not specialised: no round waits for a compiler.
     """
     kv_head = tl.program_id(0) // num_tiles
@@ -124,8 +134,8 @@ def score_kernel(
     in_region = tokens < tl.load(counts + request * 3) * BLOCK_SIZE
     head = kv_head.to(tl.int64) * GROUP
 
-    row = keys + layer * stride_layer + kv_head.to(tl.int64) * stride_head
-    row += token_offsets(
+    places = layer * stride_layer + kv_head.to(tl.int64) * stride_head
+    places += token_offsets(
         source_blocks + request * num_columns,
         tokens,
         in_region,
@@ -134,7 +144,8 @@ def score_kernel(
         stride_s2,
         BLOCK_SIZE,
         S2,
-    )[:, None]
+    )
+    row = keys + (places * STRIDE_UNIT)[:, None]
     query = query_weights + request * query_stride_request + layer * query_stride_layer
     query += head * query_stride_head
     total = tl.zeros((TILE, GROUP_PAD), tl.float32)
@@ -169,6 +180,9 @@ def score_kernel(
         total = weighted_sum(
             total, x, query, query_stride_head, dims, present, GROUP, GROUP_PAD, PRECISION
         )
+
+    if SCALED:
+        total *= tl.load(scales + places, mask=in_region, other=0.0)[:, None]
 
     heads = tl.arange(0, GROUP_PAD)
     out = scores + ((request * tl.num_programs(1) + layer) * num_heads + head) * num_tokens
@@ -205,6 +219,10 @@ def score(
             f"keys are {kv.keys.dtype}; the triton implementation scores"
             f' {", ".join(map(str, KEY_FORMATS))}: choose implementation="torch"'
         )
+    keys = kv.keys if key_format == "native" else kv.keys.view(torch.uint8)
+    # Scales lie among the one-byte numbers, four of which are as long as one of them. Strides in
+    # this unit also tell the compiler that four numbers can be loaded at once.
+    unit = 1 if kv.scales is None else 4
     num_requests, num_layers, num_heads, head_dim = query_weights.shape
     num_columns = batch.source_blocks.shape[1]
     num_tokens = num_columns * kv.block_size
@@ -212,7 +230,8 @@ def score(
     constants = score_constants(num_heads // kv.num_kv_heads, head_dim, rotary_dim)
     num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
     score_kernel[(num_tiles * kv.num_kv_heads, num_layers, num_requests)](
-        kv.keys if key_format == "native" else kv.keys.view(torch.uint8),
+        keys,
+        keys if kv.scales is None else kv.scales.keys,
         batch.source_blocks,
         batch.counts,
         query_weights,
@@ -222,7 +241,8 @@ def score(
         num_tokens,
         num_columns,
         num_heads,
-        *(kv.keys.stride(dim) for dim in range(7)),
+        *(stride // unit for stride in keys.stride()[:5]),
+        *keys.stride()[5:],
         *query_weights.stride()[:3],
         *norm_weights.stride()[:2],
         BLOCK_SIZE=kv.block_size,
@@ -232,6 +252,8 @@ def score(
         S2=kv.keys.shape[4],
         D2=kv.keys.shape[6],
         KEY_FORMAT=key_format,
+        STRIDE_UNIT=unit,
+        SCALED=kv.scales is not None,
         **constants,
         num_warps=4,
     )

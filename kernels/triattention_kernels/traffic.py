@@ -24,7 +24,8 @@ class Traffic:
 class RoundShape:
     """A batch of equal rounds. Counts of blocks and tokens are those of one request.
 
-    element_bytes: size of a cached key or value element.
+    element_bytes: size of a cached key or value element. scale_bytes: of the scale that a key or
+    value has beside its elements, where every token and head has one.
     """
 
     num_requests: int
@@ -37,6 +38,12 @@ class RoundShape:
     num_source_blocks: int
     num_destination_blocks: int
     element_bytes: int = 2
+    scale_bytes: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's key, or of its value, in one layer and KV head."""
+        return self.head_dim * self.element_bytes + self.scale_bytes
 
     @property
     def num_tokens(self) -> int:
@@ -55,11 +62,11 @@ class RoundShape:
 
 
 def score_traffic(shape: RoundShape) -> Traffic:
-    """Reads every key once (R L H_kv T D elements), the weights (R L H D + L H F floats) and the
-    block ids; writes R L H T scores.
+    """Reads every key once (R L H_kv T D elements, with its scale), the weights (R L H D + L H F
+    floats) and the block ids; writes R L H T scores.
     """
     rows = shape.num_requests * shape.num_layers
-    keys = rows * shape.num_kv_heads * shape.num_tokens * shape.head_dim * shape.element_bytes
+    keys = rows * shape.num_kv_heads * shape.num_tokens * shape.row_bytes
     weights = rows * shape.num_heads * shape.head_dim
     weights += shape.num_layers * shape.num_heads * shape.rotary_dim // 2
     blocks = shape.num_requests * shape.num_source_blocks * TOKEN_BYTES
@@ -85,15 +92,15 @@ def select_traffic(shape: RoundShape, mode: str) -> Traffic:
 def compact_traffic(
     shape: RoundShape, mode: str, num_moved: int | None = None, through_scratch: bool = False
 ) -> Traffic:
-    """Reads and writes 2 D elements (key and value) per moved token, layer and KV head; twice
-    through scratch memory. Reads the kept tokens and block ids.
+    """Reads and writes 2 D elements (key and value, with their scales) per moved token, layer and
+    KV head; twice through scratch memory. Reads the kept tokens and block ids.
 
     num_moved: tokens of a request, layer and KV head that change place, mean; all kept ones if
         not given. ``fill_holes`` moves only those from behind the destination blocks.
     """
     moved = shape.num_kept if num_moved is None else num_moved
     heads = shape.num_requests * shape.num_layers * shape.num_kv_heads
-    content = heads * moved * 2 * shape.head_dim * shape.element_bytes
+    content = heads * moved * 2 * shape.row_bytes
     content *= 2 if through_scratch else 1
     kept = shape.num_requests * shape.num_sets(mode) * shape.num_kept * TOKEN_BYTES
     num_blocks = shape.num_source_blocks + shape.num_destination_blocks

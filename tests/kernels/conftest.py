@@ -23,6 +23,8 @@ class Cache:
         """Copies of keys and values, [L, num_blocks, H_kv, block_size, D], by offsets alone."""
         block_size, head_dim = self.blocks.shape[3], self.blocks.shape[4] // 2
         flat = self.blocks.flatten(3)
+        if flat.itemsize == 1:
+            flat = flat.view(torch.uint8)  # torch indexes no fp8
         found = []
         for is_value in (False, True):
             offsets = [
@@ -32,7 +34,7 @@ class Cache:
                 ]
                 for slot in range(block_size)
             ]
-            found.append(flat[..., torch.tensor(offsets)])
+            found.append(flat[..., torch.tensor(offsets)].view(self.blocks.dtype))
         return found[0], found[1]
 
 
@@ -78,8 +80,9 @@ def make_cache() -> MakeCache:
             size[2], size[3] = size[3], size[2]
         generator = torch.Generator().manual_seed(seed)
         if dtype.is_floating_point:
-            storage = torch.randn(size, generator=generator).to(dtype)
-            storage[:, 0] = torch.nan
+            content = torch.randn(size, generator=generator)
+            content[:, 0] = torch.nan
+            storage = content.to(dtype)
         else:
             storage = torch.randint(0, 256, size, generator=generator).to(dtype)
         if layout == "head_major":

@@ -45,6 +45,18 @@ def make_kv(shape: tuple[int, int, int, int], block_size: int = BLOCK_SIZE) -> P
     return PagedKV.from_blocks(torch.empty(size, dtype=torch.bfloat16).transpose(2, 3))
 
 
+def quantised_kvs(shape: tuple[int, int, int, int]) -> list[PagedKV]:
+    """fp8 keys and values without scales, and int8 ones with a scale of every token and head."""
+    num_layers, _, num_kv_heads, head_dim = shape
+    size = (num_layers, 1000, BLOCK_SIZE, num_kv_heads)
+    fp8 = torch.empty(*size, 2 * head_dim, dtype=torch.float8_e4m3fn)
+    int8 = torch.empty(*size, 2 * (head_dim + 4), dtype=torch.int8)
+    return [
+        PagedKV.from_blocks(fp8.transpose(2, 3)),
+        PagedKV.from_scaled_blocks(int8.transpose(2, 3), torch.int8),
+    ]
+
+
 def make_batch(num_requests: int = NUM_REQUESTS, num_blocks: int = 136) -> RoundBatch:
     return RoundBatch(
         torch.empty(num_requests, num_blocks, dtype=torch.int64),
@@ -86,6 +98,9 @@ def all_launches(model: str) -> list[Launch]:
         launches += round_launches(make_kv(shape), make_batch(), shape[1], mode, fills_holes)
     through_scratch = replace(make_batch(), moves_forward=False)
     launches += round_launches(make_kv(shape), through_scratch, shape[1], "per_head")
+    if model == "Qwen3-8B":
+        for kv in quantised_kvs(shape):
+            launches += round_launches(kv, make_batch(), shape[1], "per_head")
     return launches
 
 
@@ -145,13 +160,20 @@ def test_sizes_of_one_compile_too(for_target):
 
 
 @pytest.mark.parametrize("for_target", ["sm_90", "gfx942"], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.int8],
+)
 @pytest.mark.parametrize(
     ("group", "head_dim", "rotary_dim", "interleaved"),
     [(1, 64, 64, False), (3, 80, 32, True), (5, 96, 0, False), (16, 256, 64, True)],
 )
 def test_every_kind_of_score_compiles(for_target, dtype, group, head_dim, rotary_dim, interleaved):
-    kv = PagedKV.from_blocks(torch.empty(2, 100, 8, 16, 2 * head_dim, dtype=dtype))
+    if dtype == torch.int8:
+        blocks = torch.empty(2, 100, 8, 16, 2 * (head_dim + 4), dtype=dtype)
+        kv = PagedKV.from_scaled_blocks(blocks, dtype)
+    else:
+        kv = PagedKV.from_blocks(torch.empty(2, 100, 8, 16, 2 * head_dim, dtype=dtype))
     norms = torch.empty(2, 8 * group, rotary_dim // 2)
     query = torch.empty(NUM_REQUESTS, 2, 8 * group, head_dim)
     with recorded(score_triton) as launches:
@@ -169,6 +191,14 @@ def test_keys_and_moved_tokens_travel_sixteen_bytes_at_a_time(for_target):
         if launch.kernel.__name__ == "compact_kernel":
             assert code.count("ld.global.v2.b64") == code.count("st.global.v2.b64") > 0
             assert "bar.sync" in code
+
+
+@pytest.mark.parametrize("for_target", ["sm_90"], indirect=True)
+def test_keys_of_one_byte_are_read_several_at_a_time(for_target):
+    for kv in quantised_kvs(MODELS["Qwen3-8B"]):
+        launch = round_launches(kv, make_batch(), 32, "per_head")[0]
+        assert launch.kernel.__name__ == "score_kernel"
+        assert "ld.global.b8" not in launch.program(for_target).asm["ptx"]
 
 
 def test_rounds_of_every_size_run_the_same_code():

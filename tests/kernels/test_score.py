@@ -1,49 +1,14 @@
 """Scores of cached keys against arithmetic that is written differently."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
+from score_oracle import assert_close_by_row, oracle
 from torch import Tensor
-from triattention_kernels import PagedKV, RoundBatch, score, score_torch
+from triattention_kernels import PagedKV, score, score_torch
 
 LAYOUTS = ("head_major", "token_major", "vec", "amx")
-
-
-def oracle(
-    keys: Tensor,
-    batch: RoundBatch,
-    query_weights: Tensor,
-    norm_weights: Tensor,
-    interleaved: bool,
-    rotary_dim: int,
-) -> Tensor:
-    """Python complex numbers, one key at a time. keys: [L, num_blocks, H_kv, block_size, D]."""
-    num_requests, num_layers, num_heads, head_dim = query_weights.shape
-    block_size, group = keys.shape[3], num_heads // keys.shape[2]
-    num_tokens = batch.source_blocks.shape[1] * block_size
-    scores = torch.full(
-        (num_requests, num_layers, num_heads, num_tokens), -math.inf, dtype=torch.float64
-    )
-    num_frequencies = rotary_dim // 2
-    pairs = [
-        (2 * f, 2 * f + 1) if interleaved else (f, f + num_frequencies)
-        for f in range(num_frequencies)
-    ]
-    for r, layer, head in product(range(num_requests), range(num_layers), range(num_heads)):
-        weights = query_weights[r, layer, head].tolist()
-        norms = norm_weights[layer, head].tolist()
-        for token in range(batch.num_source_blocks[r] * block_size):
-            block = int(batch.source_blocks[r, token // block_size])
-            key = keys[layer, block, head // group, token % block_size].tolist()
-            terms = [weights[d] * key[d] for d in range(rotary_dim, head_dim)]
-            for (re, im), norm in zip(pairs, norms, strict=True):
-                rotated = complex(key[re], key[im])
-                weight = complex(weights[re], weights[im])
-                terms.append((weight * rotated.conjugate()).real + norm * abs(rotated))
-            scores[r, layer, head, token] = math.fsum(terms)
-    return scores
 
 
 def random_weights(
@@ -53,14 +18,6 @@ def random_weights(
     query = torch.randn(shape, generator=generator, dtype=torch.float64)
     norm = torch.rand((*shape[1:3], rotary_dim // 2), generator=generator, dtype=torch.float64)
     return query.to(dtype), norm.to(dtype)
-
-
-def assert_close_by_row(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Errors relative to the largest score of the row; -inf in the same places."""
-    assert torch.equal(found.isneginf(), expected.isneginf())
-    error = (found.double() - expected).nan_to_num(nan=0.0).abs()
-    scale = expected.masked_fill(expected.isneginf(), 0.0).abs().amax(dim=-1, keepdim=True)
-    assert (error <= tolerance * scale).all(), float((error / scale).max())
 
 
 def test_the_score_of_one_key_by_hand(make_batch):

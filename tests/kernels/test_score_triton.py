@@ -73,17 +73,32 @@ def test_every_dtype_is_cast_before_the_arithmetic(dtype, group, make_cache, mak
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_every_fp8_byte_is_scored_as_the_number_it_stands_for(dtype, make_batch):
-    raw = torch.arange(256, dtype=torch.uint8).view(1, 2, 1, 128, 1)
-    blocks = torch.cat([raw, raw], dim=-1).contiguous().view(dtype)
-    batch = make_batch([[0, 1]], [[0]], [0])
-    arguments = (batch, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 0), False, 0)
+def test_keys_at_positions_of_a_million_are_scored_exactly_enough(make_batch):
+    """Against the definition: the mean over 17 offsets in complex128, from the cached keys."""
+    position, num_frequencies, num_tokens = 1_000_003, 64, 64
+    generator = torch.Generator().manual_seed(6)
+    frequencies = 1e6 ** (-torch.arange(num_frequencies, dtype=torch.float64) / num_frequencies)
+    centre, rest = torch.randn(2, 4, num_frequencies, generator=generator).double().unbind()
+    centre = torch.complex(centre, torch.randn(centre.shape, generator=generator).double())
+    tokens = torch.randn(num_tokens, num_frequencies, generator=generator).double()
+    keys = torch.polar(tokens, (position - torch.arange(num_tokens))[:, None] * frequencies)
+    cached = torch.cat([keys.real, keys.imag], dim=-1).float()
+    keys = torch.complex(*cached.double().chunk(2, dim=-1))
+    turns = [
+        torch.polar(torch.ones_like(frequencies), (position + 2**n) * frequencies)
+        for n in range(17)
+    ]
+    mean = torch.stack(turns).mean(0)
+    expected = ((centre * mean)[:, None] * keys.conj()).real.sum(-1)
+    expected += (rest.abs()[:, None] * keys.abs()).sum(-1)
+    weights = torch.cat([(centre * mean).real, (centre * mean).imag], dim=-1).float()
+    blocks = torch.cat([cached, cached], dim=-1).view(1, 4, 1, 16, 4 * num_frequencies)
+    batch = make_batch([[0, 1, 2, 3]], [[0]], [0])
+    arguments = (weights[None, None], rest.abs().float()[None], False, 2 * num_frequencies)
     kv = PagedKV.from_blocks(blocks)
-    found, _ = run_triton("triattention_kernels.score_triton:score", kv, *arguments)
-    expected = blocks[..., 0].float().flatten()
-    assert torch.equal(found.flatten().isnan(), expected.isnan())
-    assert torch.equal(found.flatten().nan_to_num(nan=0.0), expected.nan_to_num(nan=0.0))
+    for found in (score(kv, batch, *arguments), triton_score(kv, batch, *arguments)):
+        error = (found[0, 0].double() - expected).abs().amax(-1)
+        assert (error <= 2e-6 * expected.abs().amax(-1)).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1, 1, 2), (3, 4, 1, 3, 6), (1, 3, 5, 7, 10)])
