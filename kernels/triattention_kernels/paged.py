@@ -22,14 +22,14 @@ SCALE_BYTES = 4  # float32
 class TokenHeadScales:
     """Scales of a cache that quantises every token and KV head by itself.
 
-    keys: [L, num_blocks, H_kv, S1, S2] float32, with the strides of the one-byte numbers in units
-        of its own 4 bytes; a key is its numbers times its scale. Scales of values are never read,
-        only moved.
+    keys, values: [L, num_blocks, H_kv, S1, S2] float32 each, with the strides of the one-byte
+        numbers in units of their own 4 bytes; a key is its numbers times its scale.
     rows: everything that is stored of a token's key and of its value, head dims first and the
         bytes of the scale behind them, [L, num_blocks, H_kv, S1, S2, D + 4, 1] uint8 each.
     """
 
     keys: Tensor
+    values: Tensor
     rows: tuple[Tensor, Tensor]
 
 
@@ -134,6 +134,7 @@ class PagedKV:
             values[..., None, :, None],
             TokenHeadScales(
                 key_rows[..., -SCALE_BYTES:].view(torch.float32),
+                value_rows[..., -SCALE_BYTES:].view(torch.float32),
                 (key_rows[..., None, :, None], value_rows[..., None, :, None]),
             ),
         )

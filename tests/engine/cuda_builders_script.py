@@ -54,7 +54,7 @@ def built(backend: type, config: object) -> dict[str, object]:
     base = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
     spec = CompressedAttentionSpec.from_full_attention(base, Settings(), 64)
     builder = backend.get_builder_cls()(spec, [], config, torch.device("cpu"))
-    builder.null_heads = NullHeads()
+    builder.null_heads = NullHeads(16)
     builder.null_heads.read_rows_with(lambda _: ["a", "b", "c"])
     builder.null_heads.begin_step({"a": 3, "c": 1})
     first, second = builder.build(0, batch()), builder.build(0, batch())

@@ -1,6 +1,7 @@
 """Everything that cannot run with compression is named at start, with what to do."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,8 +83,16 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
         with_ngram(method="mtp", use_gemma4_mtp=lambda: True),
         "MTP reads the caches of several layer groups",
     ),
-    "fp8 KV": (with_cache(cache_dtype="fp8"), "'fp8' cannot be scored yet"),
-    "TurboQuant KV": (with_cache(cache_dtype="turboquant_4bit_nc"), "turboquant_4bit_nc"),
+    "int4 KV": (
+        with_cache(cache_dtype="int4_per_token_head"),
+        "'int4_per_token_head' cannot be read",
+    ),
+    "NVFP4 KV": (with_cache(cache_dtype="nvfp4"), "'nvfp4' cannot be read"),
+    "TurboQuant KV": (with_cache(cache_dtype="turboquant_4bit_nc"), "allowed: auto, .*, fp8"),
+    "int8 KV on a CPU": (
+        with_cache(cache_dtype="int8_per_token_head"),
+        "on the CPU set fp8 or auto",
+    ),
 }
 
 
@@ -98,6 +107,12 @@ def test_what_cannot_be_compressed_is_refused_with_its_reason(
     assert "start without --kv-compression" in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", ["int8_per_token_head", "fp8_per_token_head", "fp8", "fp8_e5m2"])
+def test_a_gpu_may_store_keys_in_eight_bits(dtype: str, config: VllmConfig) -> None:
+    on_gpu = Changed(config, device_config=SimpleNamespace(device_type="cuda"))
+    refuse_unsupported(with_cache(cache_dtype=dtype)(on_gpu), Settings())
+
+
 def test_union_over_ranks_that_hold_different_heads_is_refused(config: VllmConfig) -> None:
     two_ranks = with_parallel(world_size=2)(config)
     refuse_unsupported(two_ranks, Settings(selection="per_head"))
@@ -106,8 +121,8 @@ def test_union_over_ranks_that_hold_different_heads_is_refused(config: VllmConfi
 
 
 def test_all_reasons_are_given_at_once(config: VllmConfig) -> None:
-    spoilt = with_cache(cache_dtype="fp8")(with_model(use_mla=True)(config))
-    with pytest.raises(UnsupportedError, match=r"latent attention.*; KV dtype 'fp8'"):
+    spoilt = with_cache(cache_dtype="nvfp4")(with_model(use_mla=True)(config))
+    with pytest.raises(UnsupportedError, match=r"latent attention.*; keys of KV dtype 'nvfp4'"):
         refuse_unsupported(spoilt, Settings())
 
 

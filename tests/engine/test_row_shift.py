@@ -62,7 +62,7 @@ def metadata(rows: list[list[int]], seq_lens: list[int]) -> CommonAttentionMetad
 
 
 def host_knows(builder: Builder, of_request: dict[str, int], names: list[str]) -> None:
-    builder.null_heads = NullHeads()
+    builder.null_heads = NullHeads(BLOCK_SIZE)
     builder.null_heads.read_rows_with(lambda _: names)
     builder.null_heads.begin_step(of_request)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scaled_blocks import scaled_cache
 from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch
 
@@ -79,6 +80,18 @@ def test_norms_are_read_through_the_block_table() -> None:
         torch.testing.assert_close(-keys[idx, ..., :num_tokens], expected)
         expected = rows(kv.values, blocks).norm(dim=-1)
         torch.testing.assert_close(values[idx, ..., :num_tokens], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_norms_of_quantised_tokens_have_their_scales(dtype: torch.dtype) -> None:
+    cache = scaled_cache((2, 5, 2, 4, 8), dtype)
+    kv = PagedKV.from_scaled_blocks(cache.blocks, dtype)
+    blocks = torch.tensor([[3, 1]])
+    batch = RoundBatch(blocks, blocks[:, :1], (2,), (1,), (0,))
+    for scorer, tokens in ((KnormScorer(), cache.keys), (VnormScorer(), cache.values)):
+        found = scorer.scores(kv, batch, [100])
+        expected = tokens.norm(dim=-1)[:, [3, 1]].transpose(1, 2).flatten(2)
+        torch.testing.assert_close(found[0].double().abs(), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("method", SCORERS)

@@ -5,11 +5,37 @@ set of token positions per layer and KV head; keys and values of a token are tho
 own step, from what that token could see then.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from dense_models import DenseModel, load_dense_model
 from torch import Tensor
+
+Stored = Callable[[Tensor], Tensor]
+"""What a cache of few bits keeps of keys after RoPE, or of values."""
+
+
+def exactly(content: Tensor) -> Tensor:
+    """A cache that keeps everything."""
+    return content
+
+
+def truncated(content: Tensor, mantissa_bits: int, least_exponent: int, largest: float) -> Tensor:
+    """Numbers of a small float format, those between two of them cut towards zero."""
+    exponent = content.abs().clamp(min=2.0**least_exponent).log2().floor()
+    step = torch.exp2(exponent - mantissa_bits)
+    return ((content / step).trunc() * step).clamp(-largest, largest)
+
+
+def fp8_e4m3(content: Tensor) -> Tensor:
+    """As vLLM's CPU build stores fp8 (csrc/cpu/cpu_attn_fp8.hpp)."""
+    return truncated(content, 3, -6, 448.0)
+
+
+def fp8_e5m2(content: Tensor) -> Tensor:
+    """Likewise."""
+    return truncated(content, 2, -14, 57344.0)
 
 
 class DenseRun:
@@ -18,8 +44,9 @@ class DenseRun:
     keys, values: float64 [L, H_kv, n, D], keys after RoPE. visible: bool [L, H_kv, n].
     """
 
-    def __init__(self, model: DenseModel) -> None:
+    def __init__(self, model: DenseModel, stored: Stored = exactly) -> None:
         self.model = model
+        self.stored = stored
         empty = torch.empty(
             model.num_layers, model.num_kv_heads, 0, model.head_dim, dtype=torch.float64
         )
@@ -49,8 +76,9 @@ class DenseRun:
         for layer_idx in range(model.num_layers):
             query, key, value = model.project(layer_idx, x)
             query = model.rotary.rotate(query, positions)
-            key = torch.cat([self.keys[layer_idx], model.rotary.rotate(key, positions)], 1)
-            value = torch.cat([self.values[layer_idx], value], 1)
+            key = self.stored(model.rotary.rotate(key, positions))
+            key = torch.cat([self.keys[layer_idx], key], 1)
+            value = torch.cat([self.values[layer_idx], self.stored(value)], 1)
             mask = self.visible[layer_idx].unsqueeze(1) if seen is None else seen[layer_idx]
             attended = attend(query, key, value, mask & causal)
             x = model.finish_layer(layer_idx, x, attended)
@@ -74,13 +102,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 class DenseReference:
-    """The model of a folder; ``rounded_to`` rounds its weights first, as an engine of that type."""
+    """The model of a folder; ``rounded_to`` rounds its weights first, as an engine of that type;
+    ``stored`` is what its cache keeps of keys and values, which every query reads there."""
 
-    def __init__(self, folder: str | Path, rounded_to: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        rounded_to: torch.dtype | None = None,
+        stored: Stored = exactly,
+    ) -> None:
         self.model = load_dense_model(Path(folder), rounded_to)
+        self.stored = stored
 
     def start(self) -> DenseRun:
-        return DenseRun(self.model)
+        return DenseRun(self.model, self.stored)
 
     def logprobs(self, tokens: Tensor | list[int], seen: Tensor | None = None) -> Tensor:
         """Next-token log-probabilities float64 [n, vocab] of a whole sequence at once; ``seen``

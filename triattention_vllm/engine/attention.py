@@ -64,7 +64,7 @@ class ShiftedRows:
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        self.null_heads = NullHeads()
+        self.null_heads = NullHeads(kv_cache_spec.block_size)
         self._max_num_rows: int = vllm_config.scheduler_config.max_num_seqs
         self._rows: torch.Tensor | None = None
         self._seq_lens: torch.Tensor | None = None
@@ -100,9 +100,11 @@ class ShiftedRows:
             block_size,
             self._rows,
             self._seq_lens,
+            # Where vLLM splits the manager's blocks for the kernel, a null is several entries.
+            null_below=self.null_heads.block_size // block_size,
             max_seq_len=metadata.max_seq_len,
         )
-        max_seq_len, upper_bound = self.null_heads.shorten(metadata, block_size)
+        max_seq_len, upper_bound = self.null_heads.shorten(metadata)
         return metadata.replace(
             block_table_tensor=self._rows[:num_rows],
             seq_lens=self._seq_lens[:num_rows],

@@ -16,6 +16,11 @@ from triattention_vllm.engine.versions import line_of_behaviour, vllm_version
 
 LINE = line_of_behaviour(vllm_version())
 
+BLOCKS_ARE_SPLIT_IN_GROUPS = LINE >= (0, 32)
+"""Where the attention kernel takes smaller blocks than the manager's, whether rows stay in the
+manager's blocks and each attention group maps them to kernel blocks (``AttentionGroup``); before,
+the runner's rows were in kernel blocks already."""
+
 
 def is_block_writable(pool: BlockPool, block: KVCacheBlock) -> bool:
     """Whether ``block`` has one owner and no prefix-cache hash, so that it may be refilled.

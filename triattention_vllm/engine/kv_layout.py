@@ -1,48 +1,44 @@
-"""How vLLM lays out a group's KV cache, as strided views: keys and values by token."""
+"""A group's KV cache as strided views of all its layers: keys and values by token."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 from triattention_kernels import ArgumentError, PagedKV, stack_layers
-from triattention_kernels.paged import CpuLayout
 from vllm.model_executor.layers.attention import Attention
 
-from triattention_vllm.engine.differences import cpu_packing
+from triattention_vllm.engine.differences import BLOCKS_ARE_SPLIT_IN_GROUPS
+from triattention_vllm.engine.stored_kv import StoredKV
 from triattention_vllm.errors import UnsupportedError
-
-CPU_LAYOUTS: dict[str, CpuLayout] = {"vec": "vec", "vec16": "vec16", "amx": "amx"}
-"""Packing inside a block by the instruction set that vLLM's CPU backend chose."""
 
 
 def paged_kv(layers: Sequence[Attention], block_size: int) -> PagedKV:
-    """Views of all layers' caches, [num_blocks, H_kv, block_size, 2 * D] each, without a copy.
-
-    CUDA backends store a token's key and value side by side in any layout of the other
-    dimensions; the CPU backend packs them by instruction set inside a block.
+    """Views of all layers' caches, each bound as [num_blocks, heads, block_size, content], without
+    a copy; their layout is the backend's (``StoredKV``).
 
     The layers of a group are equally spaced in one storage (``differences.with_one_allocation``).
+    block_size: of the KV-cache manager. Where the backend's kernels take smaller blocks, vLLM
+    splits each of the manager's and binds views of kernel blocks: block b is then the kernel
+    blocks ``b * k`` to ``b * k + k - 1``, with ``k = block_size / kv.block_size``.
     Raises UnsupportedError for a layout that is not known to be read exactly.
     """
-    found = {layer.kv_cache.shape[2] for layer in layers}
-    if found != {block_size}:
+    backend = layers[0].get_attn_backend()
+    if not issubclass(backend, StoredKV):
         raise UnsupportedError(
-            f"the attention backend reads blocks of {sorted(found)} tokens and the KV cache is "
-            f"managed in blocks of {block_size}; set --block-size so that both agree"
+            f"the layout of attention backend {backend.get_name()} is not known; choose another "
+            "with --attention-backend, or start without --kv-compression"
         )
-    blocks = _stacked(layers)
-    if blocks.device.type != "cpu":
-        return PagedKV.from_blocks(blocks)
-    isa = cpu_packing(layers[0])
-    if isa not in CPU_LAYOUTS:
+    kv = backend.paged_kv(_stacked(layers), layers[0])
+    if kv.block_size != block_size and not BLOCKS_ARE_SPLIT_IN_GROUPS:
         raise UnsupportedError(
-            f"the CPU attention backend packs its KV cache for {isa!r}; this package reads "
-            f"{sorted(CPU_LAYOUTS)}; run on an x86 machine or without --kv-compression"
+            f"the attention backend reads blocks of {kv.block_size} tokens and the KV cache is "
+            f"managed in blocks of {block_size}, which needs vLLM 0.32; set --block-size so that "
+            "both agree"
         )
-    return PagedKV.from_cpu_layout(blocks, CPU_LAYOUTS[isa])
+    return kv
 
 
 def _stacked(layers: Sequence[Attention]) -> Tensor:
-    """[L, num_blocks, H_kv, block_size, 2 * D], a view of all layers' caches."""
+    """[L, num_blocks, heads, block_size, content], a view of all layers' caches."""
     try:
         return stack_layers([layer.kv_cache for layer in layers])
     except ArgumentError as error:

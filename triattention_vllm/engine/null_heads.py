@@ -15,9 +15,13 @@ RequestsOfRows = Callable[[CommonAttentionMetadata], list[str]]
 
 
 class NullHeads:
-    """Null blocks at the head of each row of one KV-cache group, for the step that runs."""
+    """Null blocks at the head of each row of one KV-cache group, for the step that runs.
 
-    def __init__(self) -> None:
+    block_size: tokens of a block of the KV-cache manager; the attention backend's may be smaller.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
         self._of_request: Mapping[str, int] = {}
         self._requests_of_rows: RequestsOfRows = lambda _: []
 
@@ -40,9 +44,7 @@ class NullHeads:
             nulls[row] = self._of_request.get(request_id, 0)
         return nulls
 
-    def shorten(
-        self, metadata: CommonAttentionMetadata, block_size: int
-    ) -> tuple[int, torch.Tensor | None]:
+    def shorten(self, metadata: CommonAttentionMetadata) -> tuple[int, torch.Tensor | None]:
         """(largest cached length, upper bound of each) on the host, for planning and splits.
 
         vLLM's own bounds stay where no row has a null head.
@@ -51,5 +53,5 @@ class NullHeads:
         if not self._of_request or upper_bound is None:
             return metadata.max_seq_len, upper_bound
         nulls = torch.from_numpy(self.of_rows(metadata))
-        shortened = upper_bound - nulls[: len(upper_bound)] * block_size
+        shortened = upper_bound - nulls[: len(upper_bound)] * self.block_size
         return min(metadata.max_seq_len, max(1, int(shortened.max()))), shortened

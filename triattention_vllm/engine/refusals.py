@@ -6,13 +6,14 @@ from torch import nn
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
+from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.drafts import SPECULATIVE_METHODS
+from triattention_vllm.engine.stored_kv import KV_DTYPES
 from triattention_vllm.errors import UnsupportedError
 
-UNQUANTISED_KV_DTYPES = ("auto", "float16", "bfloat16")
+_READ_MODES = {get_kv_quant_mode(name) for name in KV_DTYPES}
 
 
 def refuse_unsupported(vllm_config: VllmConfig, settings: Settings) -> None:
@@ -65,11 +66,14 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
     yield from _speculation_refusals(vllm_config.speculative_config)
     if parallel.use_ubatching:
         yield "micro-batching (DBO) splits a step that calibration reads in order; turn it off"
-    if vllm_config.use_v2_model_runner and vllm_config.device_config.device_type == "cpu":
+    on_cpu = vllm_config.device_config.device_type == "cpu"
+    if vllm_config.use_v2_model_runner and on_cpu:
         yield "model runner V2 does not run on the CPU; leave VLLM_USE_V2_MODEL_RUNNER unset"
     cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in UNQUANTISED_KV_DTYPES:
-        yield f"KV dtype {cache_dtype!r} cannot be scored yet; allowed: {UNQUANTISED_KV_DTYPES}"
+    if cache_dtype not in KV_DTYPES:
+        yield f"keys of KV dtype {cache_dtype!r} cannot be read; allowed: {', '.join(KV_DTYPES)}"
+    elif get_kv_quant_mode(cache_dtype).is_per_token_head and on_cpu:
+        yield f"KV dtype {cache_dtype!r} is one of TRITON_ATTN's; on the CPU set fp8 or auto"
     if settings.selection == "union" and parallel.world_size > 1:
         yield "selection 'union' needs all heads and layers on one rank; use per_head"
 
@@ -102,5 +106,5 @@ def _layer_refusals(layer: nn.Module) -> Iterator[str]:
         yield f"keys have {layer.head_size} dimensions and values {layer.head_size_v}"
     if layer.impl.alibi_slopes is not None:
         yield "ALiBi computes biases from token positions in the cache"
-    if get_kv_quant_mode(layer.kv_cache_dtype) != KVQuantMode.NONE:
-        yield f"its KV cache is quantised ({layer.kv_cache_dtype})"
+    if get_kv_quant_mode(layer.kv_cache_dtype) not in _READ_MODES:
+        yield f"its keys are stored as {layer.kv_cache_dtype}, which cannot be read"

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from triattention_kernels import PagedKV, RoundBatch, compact, forward_groups, moves_forward
@@ -27,14 +28,21 @@ MAX_BATCH = 64
 
 
 class Rounds(ABC):
-    """Carries out the plans of one KV-cache group on some of this rank's layers."""
+    """Carries out the plans of one KV-cache group on some of this rank's layers.
 
-    def __init__(self, kv: PagedKV) -> None:
+    block_size: of the plans' blocks; the cache may be bound in smaller ones (``paged_kv``).
+    """
+
+    def __init__(self, kv: PagedKV, block_size: int) -> None:
         self.kv = kv
+        self.split = block_size // kv.block_size
 
     @abstractmethod
     def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
-        """One batch of launches; returns what was kept, [R, L, H_kv, tokens]."""
+        """One batch of launches; returns what was kept, [R, L, H_kv, tokens].
+
+        plans: in blocks of ``kv``.
+        """
 
     def run(self, plans: Sequence[RoundPlan]) -> None:
         """Every plan, in the order in which they were decided.
@@ -44,6 +52,7 @@ class Rounds(ABC):
         have got its own blocks again, at other places. On the CPU each plan is a batch of its
         own, which bounds the scratch memory by one region.
         """
+        plans = [in_kernel_blocks(plan, self.split) for plan in plans]
         sources = [plan.source_blocks for plan in plans]
         destinations = [plan.destination_blocks for plan in plans]
         size = MAX_BATCH if self.kv.keys.is_cuda else 1
@@ -68,11 +77,26 @@ class Rounds(ABC):
         self.run([plan])
 
 
+def in_kernel_blocks(plan: RoundPlan, split: int) -> RoundPlan:
+    """The same plan where block b is the ``split`` kernel blocks from ``b * split`` on."""
+    if split == 1:
+        return plan
+
+    def spelt_out(blocks: Sequence[int]) -> tuple[int, ...]:
+        return tuple(block * split + part for block in blocks for part in range(split))
+
+    return replace(
+        plan,
+        source_blocks=spelt_out(plan.source_blocks),
+        destination_blocks=spelt_out(plan.destination_blocks),
+    )
+
+
 class TargetRounds(Rounds):
     """Rounds of the model's own layers: the best-scored candidates survive."""
 
-    def __init__(self, kv: PagedKV, scorer: Scorer, settings: Settings) -> None:
-        super().__init__(kv)
+    def __init__(self, kv: PagedKV, block_size: int, scorer: Scorer, settings: Settings) -> None:
+        super().__init__(kv, block_size)
         self.scorer = scorer
         self.selection = settings.selection
         self.compaction = settings.compaction
@@ -148,16 +172,17 @@ def target_rounds(
         whole, rotary = statistics
         num_heads = layers[0].num_heads
         shard = whole.shard(indices, rank * num_heads, num_heads)
-        return TargetRounds(kv, TriAttentionScorer(shard, rotary, kv.keys.device), settings)
+        scorer = TriAttentionScorer(shard, rotary, kv.keys.device)
+        return TargetRounds(kv, block_size, scorer, settings)
     scorers: dict[str, Scorer] = {
         "streamingllm": StreamingLLMScorer(),
         "knorm": KnormScorer(),
         "vnorm": VnormScorer(),
         "random": RandomScorer(indices, rank * kv.num_kv_heads),
     }
-    return TargetRounds(kv, scorers[settings.method], settings)
+    return TargetRounds(kv, block_size, scorers[settings.method], settings)
 
 
 def draft_rounds(layers: Sequence[Attention], block_size: int) -> DraftRounds:
     """The rounds of a group's layers of a draft model."""
-    return DraftRounds(paged_kv(layers, block_size))
+    return DraftRounds(paged_kv(layers, block_size), block_size)

@@ -94,7 +94,9 @@ class CompressionWorker(Worker):
         self.rows: Rows = RowsV2(runner) if self.use_v2_model_runner else RowsV1(runner)
         groups = itertools.chain(*runner.attn_groups, draft_attention_groups(runner))
         for group in groups:
-            null_heads = self.null_heads.setdefault(group.kv_cache_group_id, NullHeads())
+            null_heads = self.null_heads.setdefault(
+                group.kv_cache_group_id, NullHeads(group.kv_cache_spec.block_size)
+            )
             null_heads.read_rows_with(self.rows.requests)
             for builder in group.metadata_builders:
                 if isinstance(builder, ShiftedRows):

@@ -16,4 +16,5 @@ class KnormScorer:
 
     def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
         """See ``Scorer.scores``; one score per KV head, float32. Reads K of the regions once."""
-        return -region_norms(kv.keys, batch)
+        scales = None if kv.scales is None else kv.scales.keys
+        return -region_norms(kv.keys, scales, batch)

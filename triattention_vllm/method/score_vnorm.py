@@ -16,4 +16,5 @@ class VnormScorer:
 
     def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
         """See ``Scorer.scores``; one score per KV head, float32. Reads V of the regions once."""
-        return region_norms(kv.values, batch)
+        scales = None if kv.scales is None else kv.scales.values
+        return region_norms(kv.values, scales, batch)

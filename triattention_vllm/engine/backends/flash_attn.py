@@ -7,6 +7,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from triattention_vllm.engine.attention import ObservedQueries, ShiftedRows
+from triattention_vllm.engine.stored_kv import StoredKV
 
 
 class CompressedFlashAttentionMetadataBuilder(ShiftedRows, FlashAttentionMetadataBuilder):
@@ -17,7 +18,7 @@ class ObservedFlashAttentionImpl(ObservedQueries, FlashAttentionImpl):
     """The implementation; calibration may look at the queries of a plain run."""
 
 
-class CompressedFlashAttentionBackend(FlashAttentionBackend):
+class CompressedFlashAttentionBackend(StoredKV, FlashAttentionBackend):
     """vLLM's ``FLASH_ATTN`` with our builder and implementation."""
 
     @staticmethod

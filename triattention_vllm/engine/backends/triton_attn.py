@@ -7,6 +7,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from triattention_vllm.engine.attention import ObservedQueries, ShiftedRows
+from triattention_vllm.engine.stored_kv import StoredKV
 
 
 class CompressedTritonMetadataBuilder(ShiftedRows, TritonAttentionMetadataBuilder):
@@ -17,7 +18,7 @@ class ObservedTritonImpl(ObservedQueries, TritonAttentionImpl):
     """The implementation; calibration may look at the queries of a plain run."""
 
 
-class CompressedTritonBackend(TritonAttentionBackend):
+class CompressedTritonBackend(StoredKV, TritonAttentionBackend):
     """vLLM's ``TRITON_ATTN`` with our builder and implementation."""
 
     @staticmethod
