@@ -129,6 +129,29 @@ def test_bfloat16_in_the_amx_layout_is_as_close_as_full_attention_is(
     assert_pool_is_as_at_the_start(run)
 
 
+def test_blocks_that_vllm_splits_for_the_kernel_are_compressed(
+    model_folder: ModelFolder, reference: Callable[[Path], DenseReference], text: str
+) -> None:
+    """Two kernel blocks a block of the manager, and prompts that share a prefix: the region then
+    begins with protected tokens, and its first blocks are not its own."""
+    folder, chosen = model_folder("qwen3"), {"budget": 256, "interval": 64, "window": 32}
+    prompt = random_prompt(100, 1)
+    run = run_engine(
+        folder,
+        [prompt, [*prompt[:70], 7, 8]],
+        400,
+        {**chosen, "calibration_text": text},
+        max_model_len=2048,
+        block_size=64,
+        kernel_block_size=32,
+    )
+    for request in run.requests:
+        result = replayed(run, request, reference(folder), Settings(**chosen))
+        assert len(result.rounds) >= 2
+        assert largest_error(request, result.logprobs) < FLOAT32_ERROR
+    assert_pool_is_as_at_the_start(run)
+
+
 def test_requests_of_different_lengths_do_not_touch_each_other(
     model_folder: ModelFolder, reference: Callable[[Path], DenseReference], text: str
 ) -> None:

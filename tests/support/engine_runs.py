@@ -64,6 +64,7 @@ class Job:
     plugin: bool = True
     async_scheduling: bool = False
     repeat: int = 1
+    kernel_block_size: int | None = None
 
 
 def run_engine(
@@ -75,10 +76,12 @@ def run_engine(
     plugin: bool = True,
     async_scheduling: bool = False,
     repeat: int = 1,
+    kernel_block_size: int | None = None,
     **engine: Any,
 ) -> EngineRun:
     """Generate greedily, all prompts at once, in a process of its own. ``repeat`` sends the same
-    prompts again to the same engine; the last time counts."""
+    prompts again to the same engine; the last time counts. ``kernel_block_size``: the only block
+    size that the attention backend claims to take, so that vLLM splits larger ones."""
     lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     job = Job(
         str(model),
@@ -89,6 +92,7 @@ def run_engine(
         plugin,
         async_scheduling,
         repeat,
+        kernel_block_size,
     )
     with tempfile.TemporaryDirectory() as folder:
         job_file, result_file = Path(folder, "job.pt"), Path(folder, "result.pt")
@@ -143,6 +147,11 @@ def _main(job_file: str, result_file: str) -> None:
         arguments["additional_config"] = {"kv_compression": chosen}
     if job.async_scheduling:
         _keep_async_scheduling()
+    if job.kernel_block_size is not None:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = [job.kernel_block_size]
+        CPUAttentionBackend.get_supported_kernel_block_sizes = staticmethod(lambda spec=None: sizes)
     llm = LLM(job.model, **arguments)
     core = llm.llm_engine.engine_core.engine_core
     recorder = _Recorder(core)
