@@ -23,6 +23,7 @@ SUBCOMMANDS = {
     "inspect": Subcommand("inspect_file", "what a statistics file holds, in tables and pictures"),
     "plan": Subcommand("plan", "how many tokens and requests fit on a GPU"),
     "calibrate": Subcommand("calibrate", "make or import the statistics file of a model"),
+    "doctor": Subcommand("doctor", "check this environment, a model and the flags of vllm serve"),
     "demo": Subcommand("demo", "serve a tiny model with and without compression, and compare"),
     "cpu-install": Subcommand("cpu_install", "finish an install of vLLM's CPU build"),
 }
