@@ -129,6 +129,17 @@ AUTHORS_VARIABLES = {
 }
 
 
+def authors_table() -> str:
+    """The table of the authors' variables in docs/migration.md, as Markdown."""
+    rows = ["| their variable | setting here | our variable |", "| --- | --- | --- |"]
+    rows += [
+        f"| `{name}` | `{variable.key}` | `{environment_name(variable.key)}` |"
+        for name, variable in AUTHORS_VARIABLES.items()
+    ]
+    rows.append(f"| `{AUTHORS_ENABLE}` | on or off | `{ENABLE}` |")
+    return "\n".join(rows) + "\n"
+
+
 def authors_variables(environ: Mapping[str, str]) -> list[str]:
     """Names of the variables of the authors' plugin that are set, understood or not."""
     return sorted(

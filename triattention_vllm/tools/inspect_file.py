@@ -25,7 +25,7 @@ Head = tuple[int, int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Without --model or --rope-theta the file has no frequencies, so heads have no kind."""
-    parser.usage = "%(prog)s FILE [--compare FILE] [--model MODEL | --rope-theta BASE] [options]"
+    parser.usage = "%(prog)s FILE [--model MODEL | --rope-theta BASE] [options]"
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="statistics file, or a published .pt file")
     add("--compare", type=Path, metavar="FILE", help="second file of the same model")

@@ -1,0 +1,134 @@
+"""Commands that the documents show are understood, and what they print is what is shown."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from triattention_vllm.config import Settings
+from triattention_vllm.engine.cli import flags_of
+from triattention_vllm.environment import authors_table
+from triattention_vllm.plugin import register
+from triattention_vllm.tools.main import SUBCOMMANDS, build_parser, main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^( *)```bash\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+EXTRAS = re.compile(r"triattention-vllm\[([\w,]+)\]")
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(document, words) of every command in a bash block; assignments before it left out."""
+    for document in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        for _, block in BLOCK.findall(document.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                while words:
+                    end = words.index("&&") if "&&" in words else len(words)
+                    command = words[:end]
+                    words = words[end + 1 :]
+                    while re.fullmatch(r"[A-Z_]+=.*", command[0]):
+                        command = command[1:]
+                    yield document.name, command
+
+
+COMMANDS = list(commands())
+
+
+def those_of(name: str) -> list[tuple[str, list[str]]]:
+    return [(document, words[1:]) for document, words in COMMANDS if words[0] == name]
+
+
+@pytest.fixture(scope="module")
+def serve_parser() -> FlexibleArgumentParser:
+    register()
+    parser = FlexibleArgumentParser(prog="vllm")
+    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    return parser
+
+
+def test_every_command_of_a_bash_block_is_of_a_kind_that_is_tested_here() -> None:
+    assert {words[0] for _, words in COMMANDS} <= {"vllm", "triattention", "make", "pip"}
+    assert len(those_of("triattention")) > 5
+
+
+@pytest.mark.parametrize(("document", "words"), those_of("triattention"))
+def test_our_commands_are_parsed(document: str, words: list[str]) -> None:
+    assert build_parser(words[0]).parse_args(words).subcommand == words[0], document
+
+
+@pytest.mark.parametrize(("document", "words"), those_of("vllm"))
+def test_flags_of_vllm_serve_are_parsed(
+    document: str, words: list[str], serve_parser: FlexibleArgumentParser
+) -> None:
+    args = serve_parser.parse_args(words)
+    Settings.from_mapping(flags_of(args))
+    assert args.model_tag == "MODEL", document
+
+
+@pytest.mark.parametrize(("document", "words"), those_of("make"))
+def test_make_targets_exist(document: str, words: list[str]) -> None:
+    assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text(), document
+
+
+@pytest.mark.parametrize(("document", "words"), those_of("pip"))
+def test_extras_exist(document: str, words: list[str]) -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    for extra in ",".join(EXTRAS.findall(" ".join(words))).split(","):
+        assert f"\n{extra} = [" in project, document
+
+
+def test_the_plan_prints_what_the_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    words = next(
+        words for document, words in COMMANDS if words[1:2] == ["plan"] and "4bit" in words
+    )
+    config = ROOT / words[2]
+    assert main(["plan", str(config), *words[3:]]) == 0
+    shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert f"```text\n{shown}\n```" in OPERATIONS
+
+
+def test_the_readmes_known_case_is_the_plans() -> None:
+    """The page on operations is held against the command; the README against the page."""
+    assert "hits the wall at 23824 tokens" in OPERATIONS
+    assert "may have 40960 tokens" in OPERATIONS
+    assert "32768                2048    0                  201    7" in OPERATIONS
+    assert "ends at 23,824 tokens" in README
+    assert "full 40,960, seven at once" in README
+
+
+def test_the_table_of_the_authors_variables_is_generated() -> None:
+    assert authors_table() in (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("subcommand", [None, *SUBCOMMANDS])
+def test_every_help_fits_a_screen(
+    subcommand: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"] if subcommand is None else [subcommand, "--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_readme_is_as_long_as_a_visitor_reads() -> None:
+    assert 150 <= len(README.splitlines()) <= 250
+
+
+def test_the_first_sentence_is_that_of_the_result_file() -> None:
+    """Its four numbers stand in one row of the table, which is generated from the file."""
+    first = next(line for line in README.splitlines() if line and not line.startswith("#"))
+    for number in ("16,384 tokens", "68 KV blocks", "527", "17 ms", "64"):
+        assert number in first
+    (row,) = [line for line in README.splitlines() if line.startswith("| 16k x 4 |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert [round(float(cell.split()[0])) for cell in cells[1:3]] == [64, 17]
+    assert cells[3:5] == ["527", "68"]
