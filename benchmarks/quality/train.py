@@ -27,14 +27,15 @@ STEPS_PER_LINE = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths in turn, growing with progress (share of steps, longest length), learning rates that
-    rise over ``warm_up`` steps and fall linearly over the last ``decay`` share."""
+    """Lengths in turn, growing with progress (share of steps, longest length); tokens per step by
+    length (up to this length, this many); learning rates that rise over ``warm_up`` steps and fall
+    linearly over the last ``decay`` share."""
 
     steps: int
     seed: int = 0
-    tokens_per_step: int = 8192
+    tokens_per_step: tuple[tuple[int, int], ...] = ((512, 4096), (4096, 8192))
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
-    stages: tuple[tuple[float, int], ...] = ((0.15, 256), (0.3, 512), (0.45, 1024), (0.7, 2048))
+    stages: tuple[tuple[float, int], ...] = ((0.15, 256), (0.45, 512), (0.6, 1024), (0.8, 2048))
     warm_up: int = 100
     decay: float = 0.3
     matrix_rate: float = 0.02
@@ -46,6 +47,11 @@ class Plan:
         longest = next((top for end, top in self.stages if step < end * self.steps), 1 << 30)
         now = [length for length in self.lengths if length <= longest]
         return now[step % len(now)]
+
+    def num_rows(self, length: int) -> int:
+        """Problems of a step, over all ranks."""
+        tokens = next(tokens for top, tokens in self.tokens_per_step if length <= top)
+        return tokens // length
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates."""
@@ -85,9 +91,11 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = rate * self.plan.rate(self.step)
         logits = self.model(batch.ids).float()
-        loss = functional.cross_entropy(
-            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=NOT_LEARNED
+        losses = functional.cross_entropy(
+            logits.transpose(1, 2), batch.labels, ignore_index=NOT_LEARNED, reduction="none"
         )
+        # A mean per problem first: tasks with short answers weigh as much as those with long ones.
+        loss = (losses.sum(1) / (batch.labels != NOT_LEARNED).sum(1)).mean()
         loss.backward()
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -183,7 +191,7 @@ def train(plan: Plan, folder: Path, rank: int, num_ranks: int, checkpoint_second
     while training.step < plan.steps:
         begun = time.monotonic()
         length = plan.length(training.step)
-        rows = max(1, plan.tokens_per_step // length // num_ranks)
+        rows = max(1, plan.num_rows(length) // num_ranks)
         batch = make_batch(plan.seed, training.step, rows, length, rank, num_ranks)
         log.add(batch, *training.train_step(batch))
         training.seconds += time.monotonic() - begun
