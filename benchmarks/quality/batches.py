@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from random import Random
 
 import torch
-from tasks import addition, dfs, machine, needle, recall
-from tasks.problem import Problem
+from quality.tasks import addition, copying, dfs, machine, needle, recall
+from quality.tasks.problem import Problem
+from quality.vocabulary import IDS, PAD
+from quality.vocabulary import TASKS as JUDGED
 from torch import Tensor
-from vocabulary import IDS, PAD, TASKS
 
 GENERATORS: Mapping[str, Callable[[Random, int], Problem]] = {
     "dfs": dfs.generate,
@@ -16,8 +17,13 @@ GENERATORS: Mapping[str, Callable[[Random, int], Problem]] = {
     "recall": recall.generate,
     "needle": needle.generate,
     "add": addition.generate,
+    "copy": copying.generate,
 }
+WARM_UP_LENGTH = 256
+WARM_UP_ROWS = (5, 1, 2, 5, 3, 1, 5, 2, 0, 5, 3, 4)
+"""Tasks of the rows of short problems: a third is copying."""
 NOT_LEARNED = -100
+TASKS = (*JUDGED, "copy")
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,13 @@ def make_batch(
 
     Tasks take turns over the rows of all ranks; which one is first is drawn.
     """
-    first_task = Random(f"{seed} {step}").randrange(len(TASKS)) + rank
+    order = WARM_UP_ROWS if length <= WARM_UP_LENGTH else range(len(JUDGED))
+    first = Random(f"{seed} {step}").randrange(len(order)) + rank
     rng = Random(f"{seed} {step} {rank}")
     ids = torch.full((num_rows, length), IDS[PAD])
     labels = torch.full((num_rows, length), NOT_LEARNED)
     graded = torch.zeros((num_rows, length), dtype=torch.bool)
-    tasks = [(first_task + row * num_ranks) % len(TASKS) for row in range(num_rows)]
+    tasks = [order[(first + row * num_ranks) % len(order)] for row in range(num_rows)]
     for row, task in enumerate(tasks):
         place = 0
         for turn in GENERATORS[TASKS[task]](rng, length).turns:

@@ -5,17 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from batches import GENERATORS
-from tasks import dfs, needle, recall
-from tasks.problem import Problem
-from vocabulary import SYMBOLS
+from quality.batches import GENERATORS
+from quality.tasks import dfs, needle, recall
+from quality.tasks.problem import Problem
+from quality.vocabulary import SYMBOLS, TASKS
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TEST_SEED = "test"
 """Training draws from seeds that are numbers, so no test problem was trained on by intent."""
 
 
-def test_problems(task: str, length: int, num_problems: int) -> list[Problem]:
+def held_out_problems(task: str, length: int, num_problems: int) -> list[Problem]:
     """Problems of at most ``length`` words, and at least three quarters of it.
 
     recall asks once, at the end; needle goes through the depths, then asks for four at once.
@@ -66,3 +66,14 @@ def _check(name: object, state: dfs.State, answer: dict[str, Sequence[int]]) -> 
     expected = tuple([SYMBOLS[node] for node in answer[key]] for key in ("stack", "visited_nodes"))
     if found != expected:
         raise ValueError(f"problem {name}: stack and visited nodes are {found}, not {expected}")
+
+
+def calibration_text(length: int = 1024, per_task: int = 2) -> str:
+    """Solved problems, words with spaces between them: about ten thousand."""
+    words: list[str] = []
+    for task in TASKS:
+        for idx in range(per_task):
+            problem = GENERATORS[task](Random(f"calibration {task} {idx}"), length)
+            for turn in problem.turns:
+                words += turn.prompt + turn.answer.words
+    return " ".join(words) + "\n"

@@ -1,7 +1,8 @@
 """Accuracy against budget, method against method, through the real engine.
 
-    python benchmarks/quality/run.py [--lengths N ...] [--budgets N ...] [--methods M ...]
-        [--settings JSON] [--problems N] [--asynchronous] [--dfs-file FILE] [--output FILE]
+    PYTHONPATH=benchmarks python -m quality.run [--lengths N ...] [--budgets N ...]
+        [--methods M ...] [--settings JSON] [--problems N] [--asynchronous]
+        [--dfs-file FILE] [--output FILE] [--figure FILE]
 
 For each task x length x method x budget: share of answers that are right to the last word with its
 95 % interval, share of words before the first wrong one, mean output length, share of requests
@@ -11,6 +12,7 @@ picture.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -22,11 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from grading import grade, wilson
-from problems import public_dfs_problems, test_problems
-from report import figure, table
-from tasks.problem import Problem
-from vocabulary import IDS, TASKS
+from quality.grading import grade, wilson
+from quality.problems import held_out_problems, public_dfs_problems
+from quality.report import figure, table
+from quality.tasks.problem import Problem
+from quality.vocabulary import IDS, TASKS
 
 from triattention_vllm import __version__
 
@@ -43,7 +45,7 @@ Problems = dict[tuple[str, int], list[Problem]]
 def chosen_problems(arguments: argparse.Namespace) -> Problems:
     """Test problems by task and length; the public ones count as a task of length 0."""
     problems: Problems = {
-        (task, length): test_problems(task, length, arguments.problems)
+        (task, length): held_out_problems(task, length, arguments.problems)
         for task in arguments.tasks
         for length in arguments.lengths
     }
@@ -129,6 +131,7 @@ def rows(problems: Problems, results: Json, how: Json) -> list[Json]:
                 "rounds": sum(result["rounds"]),
                 "peak_blocks": result["peak_blocks"],
                 "tokens_per_second": num_words / result["seconds"],
+                "answers": hashlib.sha256(json.dumps(result["answers"]).encode()).hexdigest()[:16],
                 "problems": [[one.exact, round(one.right_words, 4)] for one in grades],
             }
         )

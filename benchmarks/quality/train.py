@@ -1,6 +1,6 @@
 """Train the small reasoner from scratch, on one CPU in about an hour.
 
-    python benchmarks/quality/train.py --folder RUN [--steps N] [--seed S] [--ranks 2]
+    PYTHONPATH=benchmarks python -m quality.train --folder RUN [--steps N] [--seed S] [--ranks 2]
 
 Writes RUN/checkpoint.pt every few minutes (a later start with the same folder goes on from there),
 RUN/log.jsonl (one line per 20 steps) and, at each checkpoint, RUN/model: weights, config and
@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from batches import NOT_LEARNED, Batch, make_batch
-from model import Reasoner, Shape, export
+from quality.batches import NOT_LEARNED, TASKS, Batch, make_batch
+from quality.model import Reasoner, Shape, export
 from torch import Tensor
 from torch.nn import functional
-from vocabulary import TASKS
 
 STEPS_PER_LINE = 20
 
@@ -35,10 +34,13 @@ class Plan:
     seed: int = 0
     tokens_per_step: tuple[tuple[int, int], ...] = ((512, 4096), (4096, 8192))
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
-    stages: tuple[tuple[float, int], ...] = ((0.15, 256), (0.45, 512), (0.6, 1024), (0.8, 2048))
-    warm_up: int = 100
+    stages: tuple[tuple[float, int], ...] = (
+        (0.15, 128), (0.3, 256), (0.5, 512), (0.8, 1024), (1.0, 2048),
+    )  # fmt: skip
+    warm_up: int = 50
     decay: float = 0.3
     matrix_rate: float = 0.02
+    norm_rate: float = 0.01
     other_rate: float = 3e-3
     weight_decay: float = 0.01
 
@@ -72,12 +74,13 @@ class Training:
         inside = [
             parameter for parameter in self.model.model.layers.parameters() if parameter.dim() == 2
         ]
-        known = {id(parameter) for parameter in inside}
-        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        norms = [parameter for parameter in self.model.parameters() if parameter.dim() == 1]
+        words = [self.model.model.embed_tokens.weight, self.model.lm_head.weight]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(inside, lr=plan.matrix_rate, weight_decay=plan.weight_decay),
+            torch.optim.AdamW(norms, lr=plan.norm_rate, betas=(0.9, 0.95), weight_decay=0.0),
             torch.optim.AdamW(
-                rest, lr=plan.other_rate, betas=(0.9, 0.95), weight_decay=plan.weight_decay
+                words, lr=plan.other_rate, betas=(0.9, 0.95), weight_decay=plan.weight_decay
             ),
         ]
         self.parameters = list(self.model.parameters())
@@ -85,11 +88,11 @@ class Training:
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update, from the gradients of all ranks. Returns this rank's loss and which labels
         were predicted, bool [B, T]."""
-        for optimizer, rate in zip(
-            self.optimizers, (self.plan.matrix_rate, self.plan.other_rate), strict=True
-        ):
+        plan = self.plan
+        rates = (plan.matrix_rate, plan.norm_rate, plan.other_rate)
+        for optimizer, rate in zip(self.optimizers, rates, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate * self.plan.rate(self.step)
+                group["lr"] = rate * plan.rate(self.step)
         logits = self.model(batch.ids).float()
         losses = functional.cross_entropy(
             logits.transpose(1, 2), batch.labels, ignore_index=NOT_LEARNED, reduction="none"

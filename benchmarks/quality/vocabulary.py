@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 TASKS = ("dfs", "machine", "recall", "needle", "add")
@@ -24,7 +24,6 @@ def write_tokenizer(folder: Path, max_length: int) -> None:
     """Write the tokenizer that vLLM and transformers load: words with spaces between them."""
     tokenizer = Tokenizer(models.WordLevel(vocab=IDS, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.WordPiece(prefix="", cleanup=False)
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
     tokenizer.save(str(folder / "tokenizer.json"))
     content = {

@@ -10,9 +10,8 @@ out of the first column is dropped.
 
 from random import Random
 
-from vocabulary import BOS, LETTERS, SYMBOLS
-
-from tasks.problem import Answer, Problem, Turn
+from quality.tasks.problem import Answer, Problem, Turn
+from quality.vocabulary import BOS, LETTERS, SYMBOLS
 
 
 def generate(rng: Random, length: int) -> Problem:

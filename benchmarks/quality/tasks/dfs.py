@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from vocabulary import BOS, SYMBOLS
-
-from tasks.problem import Answer, Problem, Turn
+from quality.tasks.problem import Answer, Problem, Turn
+from quality.vocabulary import BOS, SYMBOLS
 
 Graph = Mapping[str, Sequence[str]]
 MAX_STEP = 99

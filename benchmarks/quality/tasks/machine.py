@@ -11,9 +11,8 @@ steps. Programs that come back to a state they had are not used, since their tra
 
 from random import Random
 
-from vocabulary import BOS, LETTERS, SYMBOLS
-
-from tasks.problem import Answer, Problem, Turn
+from quality.tasks.problem import Answer, Problem, Turn
+from quality.vocabulary import BOS, LETTERS, SYMBOLS
 
 WORDS_PER_STEP = 7
 WORDS_PER_LINE = 8

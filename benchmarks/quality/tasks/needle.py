@@ -6,10 +6,9 @@ answer   a 4 0 7 <eos>
 
 from random import Random
 
-from vocabulary import BOS, DIGITS, LETTERS, SYMBOLS
-
-from tasks.problem import Problem, Turn
-from tasks.recall import MAX_ASKED, ask
+from quality.tasks.problem import Problem, Turn
+from quality.tasks.recall import MAX_ASKED, ask
+from quality.vocabulary import BOS, DIGITS, LETTERS, SYMBOLS
 
 VALUE_DIGITS = 3
 WORDS_PER_NEEDLE = 1 + VALUE_DIGITS

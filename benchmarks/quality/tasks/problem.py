@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vocabulary import EOS
+from quality.vocabulary import EOS
 
 
 @dataclass

@@ -10,15 +10,14 @@ words back or thousands.
 from collections.abc import Sequence
 from random import Random
 
-from vocabulary import BOS, LETTERS, SYMBOLS
-
-from tasks.problem import Answer, Problem, Turn
+from quality.tasks.problem import Answer, Problem, Turn
+from quality.vocabulary import BOS, LETTERS, SYMBOLS
 
 MAX_ASKED = 4
 
 
 def generate(rng: Random, length: int, num_turns: int | None = None) -> Problem:
-    """A problem of at most ``length`` words, at least 80.
+    """A problem of at most ``length`` words, at least 100.
 
     num_turns: 1 asks at the end only; None asks every now and then, many answers to learn from.
     """
@@ -28,16 +27,17 @@ def generate(rng: Random, length: int, num_turns: int | None = None) -> Problem:
     latest: dict[str, str] = {}
     turns: list[Turn] = []
     room = length - 2
-    cost_of_asking = 3 + 3 * MAX_ASKED
+    most_asked = MAX_ASKED if num_turns is not None else 2 * MAX_ASKED
+    cost_of_asking = 3 + 3 * most_asked
     prompt = [BOS, "recall"]
     while room >= cost_of_asking + 2:
         entries = (room - cost_of_asking) // 2
         if num_turns is None and turns:
-            entries = min(entries, rng.choice((0, 1, 4, 10, 20)))
+            entries = min(entries, rng.choice((0, 1, 2, 4, 10)))
         elif num_turns is None:
             entries = min(entries, rng.randint(2, max(2, length // 3)))
         prompt += _updates(rng, keys, weights, entries, latest)
-        turn = ask(rng, prompt, latest)
+        turn = ask(rng, prompt, latest, most_asked)
         room -= 2 * entries + len(turn.answer.words) + len(turn.answer.words) // 2 + 2
         turns.append(turn)
         prompt = []
@@ -46,9 +46,11 @@ def generate(rng: Random, length: int, num_turns: int | None = None) -> Problem:
     return Problem("recall", turns)
 
 
-def ask(rng: Random, prompt: list[str], values: dict[str, str]) -> Turn:
-    """A turn that asks for the values of up to MAX_ASKED keys."""
-    asked = rng.sample(list(values), min(len(values), rng.randint(1, MAX_ASKED)))
+def ask(
+    rng: Random, prompt: list[str], values: dict[str, str], most_asked: int = MAX_ASKED
+) -> Turn:
+    """A turn that asks for the values of up to ``most_asked`` keys."""
+    asked = rng.sample(list(values), min(len(values), rng.randint(1, most_asked)))
     answer = Answer()
     for key in asked:
         answer.form(key)

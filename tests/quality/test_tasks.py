@@ -1,0 +1,180 @@
+"""The tasks' answers against oracles that read nothing but the prompt."""
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+from quality.batches import GENERATORS, NOT_LEARNED, make_batch
+from quality.problems import DEPTHS, held_out_problems, public_dfs_problems
+from quality.tasks import needle
+from quality.tasks.problem import Problem
+from quality.vocabulary import EOS, IDS, TASKS, VOCAB_SIZE
+
+LENGTHS = (128, 300, 1024)
+
+
+def problems(task: str, num_problems: int = 20) -> list[Problem]:
+    return [
+        GENERATORS[task](Random(f"{task} {length} {idx}"), length)
+        for length in LENGTHS
+        for idx in range(num_problems)
+    ]
+
+
+def entries(words: list[str], ends: str = ";") -> list[list[str]]:
+    """Words up to each ``ends``."""
+    found: list[list[str]] = [[]]
+    for word in words:
+        if word == ends:
+            found.append([])
+        else:
+            found[-1].append(word)
+    return found
+
+
+def test_the_vocabulary_has_128_different_words() -> None:
+    assert len(IDS) == VOCAB_SIZE == 128
+
+
+@pytest.mark.parametrize("task", GENERATORS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_problem_fits_its_length_and_repeats_for_its_seed(task: str, length: int) -> None:
+    for idx in range(10):
+        problem = GENERATORS[task](Random(idx), length)
+        assert 20 < problem.num_words <= length
+        assert GENERATORS[task](Random(idx), length) == problem
+        for turn in problem.turns:
+            assert set(turn.prompt + turn.answer.words) <= set(IDS)
+            assert any(turn.answer.graded)
+
+
+def test_a_search_reports_what_a_recursive_search_finds() -> None:
+    for problem in problems("dfs"):
+        *lines, last = entries(problem.prompt[2:])
+        graph = {line[0]: line[2:] for line in lines}
+        start, last_step = last[1], int(last[3]) * 10 + int(last[4])
+        states = list(recursive_states(graph, start))
+        stack, visited = states[last_step]
+        trace, found_stack, found_nodes = entries(problem.answer.words[:-1], "|")
+        assert found_stack == [*reversed(stack), "root"]
+        assert found_nodes == [
+            word for node in graph for word in (node, "x" if node in visited else "o")
+        ]
+        assert sum(word in "+-" for word in trace) == last_step + 1
+        assert problem.answer.words[-1] == EOS
+
+
+def recursive_states(graph: dict[str, list[str]], start: str) -> list[tuple[list[str], set[str]]]:
+    """(stack, visited) after every step, by recursion."""
+    states: list[tuple[list[str], set[str]]] = []
+    visited: set[str] = set()
+
+    def visit(stack: list[str]) -> None:
+        visited.add(stack[-1])
+        states.append((stack, set(visited)))
+        for neighbour in graph[stack[-1]]:
+            if neighbour not in visited:
+                visit([*stack, neighbour])
+                states.append((stack, set(visited)))
+
+    visit([start])
+    return states
+
+
+def test_a_trace_is_what_the_machine_does() -> None:
+    for problem in problems("machine"):
+        registers, *lines, last = entries(problem.prompt[2:])
+        values = dict(zip(registers[::2], map(int, registers[1::2]), strict=True))
+        program = {line[0]: line[2:] for line in lines}
+        label, trace = last[1], []
+        while len(trace) < len(problem.answer.words):
+            x, y, z, even, odd = program[label]
+            trace += [label, x, str(values[x]), y, str(values[y]), z]
+            values[z] = (values[x] + values[y]) % 10
+            trace.append(str(values[z]))
+            label = (even, odd)[values[z] % 2]
+        assert trace[: len(problem.answer.words)] == problem.answer.words
+
+
+def test_recall_answers_with_the_latest_value_of_each_key_asked() -> None:
+    for problem in problems("recall"):
+        latest: dict[str, str] = {}
+        for turn in problem.turns:
+            asked_at = turn.prompt.index("?")
+            stream = [word for word in turn.prompt[:asked_at] if word not in ("<bos>", "recall")]
+            latest.update(zip(stream[::2], stream[1::2], strict=True))
+            asked = turn.prompt[asked_at + 1 : -1]
+            expected = [word for key in asked for word in (key, latest[key])]
+            assert turn.answer.words == [*expected, EOS]
+
+
+def test_a_running_sum_is_that_of_whole_numbers() -> None:
+    for problem in problems("add"):
+        first, *addends, _ = entries(problem.prompt[2:])
+        total, num_columns = number(first[1:]), len(first) // 2
+        blocks = entries(problem.answer.words[:-1])
+        for addend, block in zip(addends, blocks, strict=False):
+            total = (total + number(addend[2:])) % 10**num_columns
+            assert block[0] == addend[0]
+            assert int("".join(reversed(block[2:][4::6]))) == total
+
+
+def number(words: list[str]) -> int:
+    """Digits after their columns, the last digit first."""
+    return int("".join(reversed(words[1::2])))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_needle_lies_at_its_depth(depth: float) -> None:
+    problem = needle.at_depths(Random(3), 500, [depth])
+    key, value = problem.answer.words[0], problem.answer.words[1:-1]
+    place = problem.prompt.index(key)
+    assert problem.prompt[place + 1 : place + 4] == value
+    assert place == pytest.approx(2 + depth * 485, abs=2)
+    assert problem.num_words <= 500
+
+
+def test_test_problems_are_as_long_as_asked_and_end_with_one_question() -> None:
+    for task in TASKS:
+        for problem in held_out_problems(task, 512, 7):
+            assert 0.75 * 512 <= problem.num_words <= 512
+            assert task in ("needle", "recall", problem.task)
+            assert len(problem.turns) == 1
+
+
+def test_a_batch_learns_answers_only_and_is_the_same_for_the_same_step() -> None:
+    batch = make_batch(seed=1, step=2, num_rows=6, length=256)
+    again = make_batch(seed=1, step=2, num_rows=6, length=256)
+    assert batch.ids.equal(again.ids)
+    learned = batch.labels != NOT_LEARNED
+    assert batch.labels[:, :-1][learned[:, :-1]].equal(batch.ids[:, 1:][learned[:, :-1]])
+    assert (learned | ~batch.graded).all()
+    assert learned.any(1).all()
+    question = IDS["?"]
+    assert not (batch.labels == question).any()
+
+
+def entry(steps: int, stack: list[int], visited: list[int]) -> dict[str, object]:
+    """One entry of the public file: the path 0 - 2 - 1."""
+    answer = {"current_node": stack[-1], "stack": stack, "visited_nodes": visited}
+    graph = {"nodes": [0, 1, 2], "edges": [[0, 2], [1, 2]]}
+    return {"id": steps, "graph": graph, "start_node": 0, "steps": steps, "answer": answer}
+
+
+def test_public_searches_become_ours_with_the_answer_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "dfs.json"
+    content = [entry(2, [0, 2, 1], [0, 1, 2]), entry(3, [0, 2], [0, 1, 2])]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    first, second = public_dfs_problems(path, 10)
+    end = ["|", "n1", "n2", "n0", "root", "|", "n0", "x", "n1", "x", "n2", "x", "<eos>"]
+    assert first.answer.words[-len(end) :] == end
+    end = ["|", "n2", "n0", "root", "|", "n0", "x", "n1", "x", "n2", "x", "<eos>"]
+    assert second.answer.words[-len(end) :] == end
+
+
+def test_a_public_answer_that_is_not_ours_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "dfs.json"
+    path.write_text(json.dumps([entry(1, [0, 1], [0, 1])]), encoding="utf-8")
+    with pytest.raises(ValueError, match="problem 1: stack and visited nodes are"):
+        public_dfs_problems(path, 10)
