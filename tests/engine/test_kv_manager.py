@@ -1,9 +1,13 @@
 """Rows, blocks and the pool: laws that hold after every step of any traffic."""
 
+import itertools
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pool_world import PoolWorld
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from triattention_vllm.config import Settings
 
@@ -167,6 +171,31 @@ def test_null_heads_are_no_common_prefix() -> None:
         world.step()
     assert min(world.manager.num_null_blocks.values()) > 3
     assert [world.manager.get_num_common_prefix_blocks(r) for r in ("a", "b")] == [0, 0]
+
+
+@pytest.mark.parametrize("vllm_trims", [False, True])
+def test_every_block_comes_back_whether_or_not_vllm_leaves_out_the_null_head(
+    vllm_trims: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.33 does, which cannot run here: its ``trim_null_head`` stands in for it."""
+    own = FullAttentionManager.pop_blocks_for_free
+
+    def trimmed(manager: FullAttentionManager, request_id: str) -> list[KVCacheBlock]:
+        blocks = own(manager, request_id)
+        return list(itertools.dropwhile(lambda block: block.is_null, blocks))
+
+    if vllm_trims:
+        monkeypatch.setattr(FullAttentionManager, "pop_blocks_for_free", trimmed)
+    world = PoolWorld(SMALL, 4, 300)
+    num_free = world.pool.get_num_free_blocks()
+    world.add("a", prompt_of(0, 21))
+    for _ in range(120):
+        world.step()
+    assert world.manager.num_null_blocks["a"] > 3
+    world.settle()
+    world.finish("a")
+    assert world.pool.get_num_free_blocks() == num_free
+    assert all(block.ref_cnt == 0 for block in world.pool.blocks[1:])
 
 
 def test_a_preempted_request_starts_from_zero_and_is_compressed_again() -> None:

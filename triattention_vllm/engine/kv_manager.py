@@ -198,7 +198,10 @@ class CompressedKVCacheManager(FullAttentionManager):
         return 0
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """The request's real blocks; its null head and a plan not yet sent are forgotten."""
+        """The request's real blocks; its null head and a plan not yet sent are forgotten.
+
+        From 0.33 on vLLM leaves a null head out by itself.
+        """
         self.pending_plans.pop(request_id, None)
-        num_null = self.num_null_blocks.pop(request_id, 0)
-        return cast(list[KVCacheBlock], super().pop_blocks_for_free(request_id)[num_null:])
+        self.num_null_blocks.pop(request_id, None)
+        return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]

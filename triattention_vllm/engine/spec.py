@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
-    iter_layer_specs,
+    UniformTypeKVCacheSpecs,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -128,7 +128,7 @@ def compressed_spec(group: KVCacheGroupSpec) -> CompressedAttentionSpec | None:
     have a spec each; block size and settings are the same, so the first one stands for all.
     Raises UnsupportedError where only some layers of a group are compressed.
     """
-    specs = list(iter_layer_specs(group.kv_cache_spec)) if group.layer_names else []
+    specs = _layer_specs(group.kv_cache_spec) if group.layer_names else []
     ours = [spec for spec in specs if isinstance(spec, CompressedAttentionSpec)]
     if ours and len(ours) < len(specs):
         kinds = sorted({type(spec).__name__ for spec in specs})
@@ -137,6 +137,13 @@ def compressed_spec(group: KVCacheGroupSpec) -> CompressedAttentionSpec | None:
             "of them share a row of blocks; start without --kv-compression"
         )
     return ours[0] if ours else None
+
+
+def _layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:
+    """The specs of a group's layers, or the one that all of them share."""
+    return list(
+        spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
+    )
 
 
 KVCacheSpecRegistry._ensure_registered()
