@@ -195,8 +195,8 @@ def compare(result: Json, pool_blocks: int) -> None:
     result["step_speedup"] = steps[0] / steps[1]
 
 
-def conditions(size: Size, described: Json) -> Json:
-    """Where and with what the figures were taken."""
+def conditions(size: Any, described: Json) -> Json:
+    """Where and with what the figures of a run of ``size``, a dataclass, were taken."""
     commit = subprocess.run(
         ["git", "-C", str(HERE), "describe", "--always", "--dirty"],
         capture_output=True,

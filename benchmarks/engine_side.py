@@ -109,6 +109,27 @@ class Side:
             self._step()
         return {"held": self.num_held}
 
+    def turn(self, prompt: list[int], answer_tokens: int) -> dict[str, Any]:
+        """One request alone: seconds to its first token, tokens found in the prefix cache, and its
+        greedy answer."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=answer_tokens, temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        start = time.perf_counter()
+        self.engine.add_request(f"turn at {start}", {"prompt_token_ids": prompt}, params)
+        seconds, outputs = [], []
+        while self.engine.has_unfinished_requests():
+            new = self.engine.step()
+            outputs += new
+            seconds += [time.perf_counter() - start] * len(new)
+        return {
+            "first_token_seconds": seconds[0],
+            "hit_tokens": outputs[-1].num_cached_tokens,
+            "answer": list(outputs[-1].outputs[0].token_ids),
+        }
+
     def _step(self) -> None:
         for output in self.engine.step():
             self.generated[output.request_id] = len(output.outputs[0].token_ids)
@@ -123,6 +144,7 @@ def main() -> None:
         "prefill": side.prefill,
         "decode": side.decode,
         "finish": side.finish,
+        "turn": side.turn,
     }
     answers.write(json.dumps(side.describe()) + "\n")
     for line in sys.stdin:

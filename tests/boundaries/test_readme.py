@@ -5,13 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+from feature_table import NOTES, STATUSES, TESTS, Proof, markdown_table, proofs, with_table
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def engine_benchmark() -> Any:
-    """benchmarks/engine.py as a module."""
-    spec = importlib.util.spec_from_file_location("engine", ROOT / "benchmarks" / "engine.py")
+def benchmark(name: str) -> Any:
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -19,9 +22,20 @@ def engine_benchmark() -> Any:
     return module
 
 
-def test_the_engine_figures_are_those_of_the_result_file() -> None:
-    report = json.loads((ROOT / "benchmarks" / "results" / "engine_cpu.json").read_text())
-    assert engine_benchmark().markdown_table(report) in README
+@pytest.mark.parametrize(
+    ("script", "result", "document"),
+    [
+        ("engine", "engine_cpu.json", "README.md"),
+        ("multi_turn", "multi_turn.json", "docs/features.md"),
+    ],
+)
+def test_the_figures_of_a_benchmark_are_those_of_its_result_file(
+    script: str, result: str, document: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One benchmark uses another that lies beside it.
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = json.loads((ROOT / "benchmarks" / "results" / result).read_text())
+    assert benchmark(script).markdown_table(report) in (ROOT / document).read_text()
 
 
 def test_the_commands_that_the_readme_shows_exist() -> None:
@@ -44,3 +58,27 @@ def test_every_variable_that_the_readme_names_is_known() -> None:
     named = {word.strip(".,:;()") for word in words if word.startswith("TRIATTENTION_")}
     assert len(named) > 8
     assert named <= known
+
+
+def test_the_table_of_features_is_what_the_tests_carry() -> None:
+    table = markdown_table(list(proofs()))
+    assert with_table(README, table) == README, "run: python tests/support/feature_table.py"
+
+
+def test_every_row_that_may_stand_in_the_table_has_a_test() -> None:
+    proved = {proof.feature for proof in proofs()}
+    assert set(NOTES) - proved == set()
+
+
+@pytest.mark.parametrize(
+    ("feature", "status", "reason"),
+    [
+        ("A feature nobody knows", STATUSES[0], "is not known"),
+        ("Prefix caching", "probably", "is not known"),
+        ("Prefix caching", STATUSES[1], "tests disagree about"),
+    ],
+)
+def test_a_marker_that_is_wrong_is_named(feature: str, status: str, reason: str) -> None:
+    wrong = Proof(feature, status, TESTS / "test_x.py", "test_y")
+    with pytest.raises(ValueError, match=reason):
+        markdown_table([*proofs(), wrong])

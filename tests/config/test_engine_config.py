@@ -139,6 +139,7 @@ def test_a_wrong_setting_is_named_before_the_model_is_looked_at(tmp_path: Path) 
         wrong.create_engine_config()
 
 
+@pytest.mark.feature("A custom scheduler or worker class", "refused")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -167,6 +168,7 @@ def test_an_untested_vllm_is_refused_only_when_compression_is_on(
     assert settings_of(arguments(model, ON).create_engine_config()) == Settings(budget=1024)
 
 
+@pytest.mark.feature("vLLM 0.28 to 0.32", "works")
 @pytest.mark.parametrize(
     ("version", "verified"),
     [

@@ -1,41 +1,50 @@
-"""Generate with a model that is split over ranks, each a process; prints tokens and logprobs."""
+"""Generate with an engine whose workers are processes of their own, and look at all of them."""
 
-import json
-import sys
+from typing import Any
 
-from vllm import LLM, SamplingParams
+from engine_runs import keep_async_scheduling
+from observed_engine import Observer, script_main, start_engine, statistics_file
+from vllm import SamplingParams
 
 
-def main(job: dict) -> None:
-    """Run one job: model, prompts, max_tokens, settings and further arguments of LLM."""
-    llm = LLM(
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """One engine after the other, as ``job["engines"]`` says, with the same prompts."""
+    return {"engines": [generate(job, **engine) for engine in job["engines"]]}
+
+
+def generate(
+    job: dict[str, Any], *, asynchronous: bool = False, **arguments: Any
+) -> dict[str, Any]:
+    """Greedy answers to all prompts at once."""
+    if asynchronous:
+        keep_async_scheduling()
+    llm = start_engine(
         job["model"],
-        enforce_eager=True,
-        dtype="float32",
+        job["settings"],
         kv_cache_memory_bytes=16 << 20,
-        block_size=32,
         max_model_len=1024,
-        distributed_executor_backend="mp",
-        additional_config={"kv_compression": {"method": "triattention", **job["settings"]}},
-        **job["engine"],
+        max_num_seqs=128,
+        **arguments,
     )
+    observer = Observer(llm)
     params = SamplingParams(
-        max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True, logprobs=0
+        max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True, logprobs=2, detokenize=False
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-    outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
-    result = [
-        {
-            "token_ids": list(output.token_ids),
-            "logprobs": [
-                position[token].logprob
-                for position, token in zip(output.logprobs, output.token_ids, strict=True)
-            ],
-        }
-        for output in outputs
-    ]
-    print("RESULT " + json.dumps(result), flush=True)
+    llm.generate(prompts, params, use_tqdm=False)
+    core = llm.llm_engine.engine_core.engine_core
+    result = {
+        "requests": observer.take(),
+        "statistics": statistics_file(llm),
+        "most_running": observer.most_running,
+        "scheduler": type(core.scheduler).__name__,
+        "executor": type(core.model_executor).__name__,
+        "queue_depth": core.batch_queue_size,
+        "num_held": observer.num_held,
+    }
+    llm.llm_engine.engine_core.shutdown()
+    return result
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    script_main(run)

@@ -24,7 +24,6 @@ def replayed(
     dense: DenseReference,
     settings: Settings,
     max_chunk: int | None = None,
-    lag: int = 0,
 ) -> Replay:
     """The reference over the engine's tokens; fails where a choice of survivors was wrong."""
     computed = request.token_ids[:-1]
@@ -35,7 +34,7 @@ def replayed(
         policy=settings.policy(run.block_size),
         statistics=Statistics.load(statistics_file(run)),
         selection=settings.selection,
-        steps=engine_steps(len(computed), request.num_prompt, max_chunk=max_chunk, lag=lag),
+        steps=engine_steps(len(computed), request.num_prompt, max_chunk=max_chunk),
         kept_log=request.kept,
     )
 
@@ -237,65 +236,6 @@ def test_below_the_trigger_nothing_differs_from_vllm_without_the_plugin(
         assert one.token_ids == other.token_ids == compressed.token_ids
         assert one.logprobs == other.logprobs == compressed.logprobs
         assert not compressed.kept
-
-
-def test_async_scheduling_picks_the_same_candidates_and_notices_a_token_later(
-    model_folder: ModelFolder, reference: Callable[[Path], DenseReference], text: str
-) -> None:
-    """What a round keeps follows from its nominal boundary. Only the token at the boundary itself
-    still sees everything, because its step was scheduled ahead."""
-    folder = model_folder("qwen3")
-    prompts, lengths = [random_prompt(n, n) for n in (20, 110)], [300, 260]
-    settings = {**SMALL, "calibration_text": text}
-    sync, ahead = (
-        run_engine(folder, prompts, lengths, settings, async_scheduling=flag, max_model_len=1024)
-        for flag in (False, True)
-    )
-    assert sync.scheduler == "CompressionScheduler"
-    assert ahead.scheduler == "CompressionAsyncScheduler"
-    for one, other in zip(sync.requests, ahead.requests, strict=True):
-        assert len(one.boundaries) >= 4
-        assert one.boundaries == other.boundaries
-        assert torch.equal(one.kept[0], other.kept[0])
-        result = replayed(ahead, other, reference(folder), Settings(**SMALL), lag=1)
-        assert largest_error(other, result.logprobs) < FLOAT32_ERROR
-    assert_pool_is_as_at_the_start(ahead)
-
-
-def test_a_prefix_hit_after_a_compressed_answer_is_exact(
-    model_folder: ModelFolder, text: str
-) -> None:
-    """Regression: blocks were rewritten while their hash stayed registered."""
-    folder, prompt = model_folder("qwen3"), random_prompt(100, 7)
-    settings = {**SMALL, "protect": "sinks", "calibration_text": text}
-    engine = {"max_model_len": 1024}
-    first = run_engine(folder, [prompt], 250, settings, **engine)
-    again = run_engine(folder, [prompt], 250, settings, repeat=3, **engine)
-    assert len(first.requests[0].kept) >= 4
-    assert first.requests[0].token_ids == again.requests[0].token_ids
-    for kept, also_kept in zip(first.requests[0].kept, again.requests[0].kept, strict=True):
-        assert torch.equal(kept, also_kept)
-    assert_pool_is_as_at_the_start(again)
-
-
-def test_preempted_requests_finish_and_give_everything_back(
-    model_folder: ModelFolder, text: str
-) -> None:
-    """Regression: a stale offset of a preempted, resumed request led to negative slots."""
-    folder = model_folder("qwen3")
-    run = run_engine(
-        folder,
-        [random_prompt(30, seed) for seed in range(6)],
-        400,
-        {**SMALL, "calibration_text": text},
-        max_model_len=1024,
-        max_num_batched_tokens=64,
-        num_gpu_blocks_override=24,
-    )
-    assert run.num_preemptions > 0
-    assert [len(request.token_ids) for request in run.requests] == [430] * 6
-    assert all(request.kept for request in run.requests)
-    assert_pool_is_as_at_the_start(run)
 
 
 def test_a_round_in_a_full_pool_takes_its_own_released_blocks_again(

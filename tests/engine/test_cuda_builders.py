@@ -27,6 +27,7 @@ def built(model_folder: ModelFolder) -> dict[str, dict[str, object]]:
     return {result["name"]: result for result in json.loads(done.stdout.splitlines()[-1])}
 
 
+@pytest.mark.feature("CUDA graphs", "not yet run on a GPU")
 @pytest.mark.parametrize("backend", ["TRITON_ATTN", "FLASH_ATTN"])
 def test_cuda_metadata_is_built_from_shifted_rows(
     backend: str, built: dict[str, dict[str, object]]

@@ -22,6 +22,7 @@ def largest_error(request: RequestRun, logprobs: torch.Tensor) -> float:
     )
 
 
+@pytest.mark.feature("fp8 KV", "works")
 @pytest.mark.parametrize("kv_dtype", STORED)
 def test_a_compressed_fp8_cache_is_scored_and_moved_as_stored(
     kv_dtype: str, model_folder: ModelFolder, text: str

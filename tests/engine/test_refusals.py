@@ -5,13 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from engine_runs import EngineError, ModelFolder, random_prompt, run_engine
 from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionType
 
 from triattention_vllm.config import Settings
+from triattention_vllm.engine.cli import install
 from triattention_vllm.engine.refusals import refuse_unsupported, refuse_unsupported_layers
-from triattention_vllm.engine.worker import GPU_WORKER, compression_worker_class
+from triattention_vllm.engine.worker import CPU_WORKER, GPU_WORKER, compression_worker_class
 from triattention_vllm.errors import UnsupportedError
 
 
@@ -69,6 +73,7 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
         lambda config: Changed(config, kv_transfer_config=KVTransferConfig()),
         "KV connector",
     ),
+    "Ray executor": (with_parallel(distributed_executor_backend="ray"), "use the 'mp' executor"),
     "micro-batching": (with_parallel(use_ubatching=True), "micro-batching"),
     "model runner V2": (
         lambda config: Changed(config, use_v2_model_runner=True),
@@ -96,6 +101,14 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
 }
 
 
+@pytest.mark.feature("Multi-head latent attention", "refused")
+@pytest.mark.feature("Encoder-decoder, cross-attention", "refused")
+@pytest.mark.feature("Bidirectional attention", "refused")
+@pytest.mark.feature("Context parallel", "refused")
+@pytest.mark.feature("KV connectors", "refused")
+@pytest.mark.feature("Ray executor", "refused")
+@pytest.mark.feature("Micro-batching (DBO)", "refused")
+@pytest.mark.feature("Quantised KV that cannot be read", "refused")
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_compressed_is_refused_with_its_reason(
     case: str, config: VllmConfig
@@ -126,11 +139,70 @@ def test_all_reasons_are_given_at_once(config: VllmConfig) -> None:
         refuse_unsupported(spoilt, Settings())
 
 
+LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    "bidirectional": ({"attn_type": AttentionType.ENCODER_ONLY}, "not causal self-attention"),
+    "cross-attention": ({"attn_type": AttentionType.ENCODER_DECODER}, "not causal self-attention"),
+    "KV sharing": ({"kv_sharing_target_layer_name": "layers.3.attn"}, "cache of layers.3.attn"),
+    "values of another size": ({"head_size_v": 64}, "keys have 32 dimensions and values 64"),
+    "ALiBi": ({"impl": SimpleNamespace(alibi_slopes=[0.5])}, "ALiBi computes biases"),
+    "quantised KV": ({"kv_cache_dtype": "nvfp4"}, "quantised \\(nvfp4\\)"),
+}
+
+
+def attention_layer(**changes: Any) -> Attention:
+    """vLLM's layer class with what the refusals read; making a whole one needs an engine."""
+    layer = Attention.__new__(Attention)
+    torch.nn.Module.__init__(layer)
+    vars(layer).update(
+        attn_type=AttentionType.DECODER,
+        kv_sharing_target_layer_name=None,
+        head_size=32,
+        head_size_v=32,
+        impl=SimpleNamespace(alibi_slopes=None),
+        kv_cache_dtype="auto",
+    )
+    vars(layer).update(changes)
+    return layer
+
+
+@pytest.mark.feature("KV sharing across layers", "refused")
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_that_cannot_be_compressed_is_named_with_its_reason(case: str) -> None:
+    changes, reason = LAYERS[case]
+    refuse_unsupported_layers({"layers.0.attn": attention_layer()})
+    with pytest.raises(UnsupportedError, match=f"layer layers.1.attn: .*{reason}"):
+        refuse_unsupported_layers(
+            {"layers.0.attn": attention_layer(), "layers.1.attn": attention_layer(**changes)}
+        )
+
+
+def test_a_layer_of_another_class_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="layers.0.attn: Linear is not vLLM's Attention"):
+        refuse_unsupported_layers({"layers.0.attn": torch.nn.Linear(2, 2)})
+
+
+@pytest.mark.feature("Pooling models", "refused")
+def test_a_pooling_model_is_refused_with_compression_and_untouched_without(
+    model_folder: ModelFolder,
+) -> None:
+    install()
+    arguments = {"runner": "pooling", "convert": "embed", "max_model_len": 2048}
+    model = str(model_folder("qwen3"))
+    untouched = EngineArgs(model, **arguments).create_engine_config()
+    assert untouched.scheduler_config.scheduler_cls is None
+    assert untouched.parallel_config.worker_cls == CPU_WORKER
+    on = {"kv_compression": {"method": "triattention"}}
+    with pytest.raises(UnsupportedError, match="runs as 'pooling' and only generation"):
+        EngineArgs(model, additional_config=on, **arguments).create_engine_config()
+
+
+@pytest.mark.feature("Models without full attention", "refused")
 def test_a_model_without_full_attention_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="this model has none"):
         refuse_unsupported_layers({})
 
 
+@pytest.mark.feature("ALiBi", "refused")
 def test_an_alibi_model_is_refused_before_it_serves(model_folder: ModelFolder) -> None:
     with pytest.raises(EngineError, match="ALiBi computes biases from token positions"):
         run_engine(model_folder("bloom"), [random_prompt(4, 0)], 2, {}, max_model_len=2500)
@@ -143,6 +215,7 @@ def test_a_missing_statistics_file_is_refused_before_it_serves(model_folder: Mod
         run_engine(model_folder("qwen3"), [random_prompt(4, 0)], 2, settings, max_model_len=2048)
 
 
+@pytest.mark.feature("CUDA", "not yet run on a GPU")
 def test_a_gpu_is_refused_until_the_user_accepts_that_it_is_untested() -> None:
     with pytest.raises(UnsupportedError, match="TRIATTENTION_ALLOW_UNTESTED_VLLM=1 to try"):
         compression_worker_class(GPU_WORKER, {})

@@ -72,6 +72,7 @@ def test_runner_v1_keeps_the_row_of_a_request_that_is_out_of_the_batch(plan: Rou
     assert runner.input_batch.block_table[0].block_table.np[0, :2].tolist() == [21, 22]
 
 
+@pytest.mark.feature("Model runner V2", "not yet run on a GPU")
 def test_runner_v2_applies_the_row_with_the_steps_own_appends() -> None:
     script = Path(__file__).with_name("rows_v2_script.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

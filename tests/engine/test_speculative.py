@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from dense_reference import DenseReference, DenseRun
 from dense_replay import replay, steps_of
@@ -68,6 +69,7 @@ def accepted_and_rejected(run: EngineRun) -> tuple[int, int]:
     return accepted, rejected
 
 
+@pytest.mark.feature("Speculative decoding", "works")
 def test_ngram_drafts_never_become_candidates(
     model_folder: ModelFolder,
     reference: Callable[[Path], DenseReference],
@@ -81,6 +83,7 @@ def test_ngram_drafts_never_become_candidates(
     assert_equals_the_dense_reference(run, reference(folder))
 
 
+@pytest.mark.feature("Speculative decoding", "works")
 def test_a_draft_model_reads_its_own_compressed_cache(
     model_folder: ModelFolder,
     reference: Callable[[Path], DenseReference],
@@ -155,6 +158,7 @@ def test_a_draft_with_heads_of_its_own_survives_preemption(
     assert set(run.ref_counts) == {0}
 
 
+@pytest.mark.feature("Speculative decoding", "works")
 def test_an_eagle_head_reads_its_own_compressed_cache(
     reference: Callable[[Path], DenseReference], text: str, tmp_path: Path
 ) -> None:

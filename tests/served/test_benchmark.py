@@ -24,3 +24,20 @@ def test_the_benchmark_measures_both_sides_in_one_run(tmp_path: Path) -> None:
     longest = loads[1024, 4]
     assert longest["compressed"]["most_blocks_held"] < longest["full"]["most_blocks_held"] / 3
     assert longest["compressed"]["requests_that_fit"] > 3 * longest["full"]["requests_that_fit"]
+
+
+def test_turn_two_of_a_chat_is_measured_on_both_sides(tmp_path: Path) -> None:
+    output = tmp_path / "multi_turn.json"
+    command = [sys.executable, str(ENGINE_BENCHMARK.with_name("multi_turn.py")), "--tiny"]
+    done = subprocess.run(
+        [*command, "--output", str(output)], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert {"commit", "processor", "engine", "size"} <= set(report["conditions"])
+    short, long = report["results"]
+    # Nothing was compressed in the first chat, so both sides hit the same.
+    assert short["full"]["hit_tokens"] == short["compressed"]["hit_tokens"] == [64, 64]
+    for name in ("full", "compressed"):
+        assert min(long[name]["hit_tokens"]) >= long["prompt_tokens"]
+        assert min(long[name]["first_token_ms"]) > 0

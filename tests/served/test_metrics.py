@@ -12,6 +12,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -80,6 +81,7 @@ def expected_rounds(num_prompt: int, num_answer: int) -> tuple[int, int]:
     return num_rounds, num_evicted
 
 
+@pytest.mark.feature("Metrics", "works")
 def test_a_scrape_counts_what_an_answer_did(server: Server) -> None:
     before = total_when_idle(server)
     num_prompt = answer(server, "Count me.", 900)

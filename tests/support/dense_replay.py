@@ -96,12 +96,14 @@ def replay(
     steps: Sequence[Step] | None = None,
     kept_log: Sequence[Tensor] | None = None,
     tolerance: float = 1e-4,
+    num_stages: int = 1,
 ) -> Replay:
     """Compute ``tokens`` (all that the engine computed: without the last one generated).
 
     steps: defaults to the whole prompt in one step, then single tokens.
     kept_log: the engine's choice of each round in order, int64 [L, H_kv, kept]: ascending token
     indices inside the round's region, which begins at the block of the first candidate.
+    num_stages: pipeline stages of as many layers each, over which ``per_head`` takes its mean.
     Raises AssertionError where such a choice is no best choice to ``tolerance`` (in units of
     ``max(1, largest score)``), or the number of rounds differs.
     """
@@ -125,7 +127,16 @@ def replay(
                 )
                 choice = kept_log[len(result.rounds)]
             result.rounds.append(
-                _run_round(run, due, statistics, selection, policy.block_size, choice, tolerance)
+                _run_round(
+                    run,
+                    due,
+                    statistics,
+                    selection,
+                    policy.block_size,
+                    choice,
+                    tolerance,
+                    num_stages,
+                )
             )
             num_evicted = due.num_evicted_after
         assert step.start == end, "steps must follow each other"
@@ -147,6 +158,7 @@ def _run_round(
     block_size: int,
     choice: Tensor | None,
     tolerance: float,
+    num_stages: int,
 ) -> ReplayedRound:
     """Choose survivors (or check ``choice``) and hide every other candidate in ``run``."""
     num_layers, num_kv_heads, _ = run.visible.shape
@@ -157,6 +169,7 @@ def _run_round(
         candidates,
         num_kv_heads,
         selection,
+        num_stages,
     )
     if choice is None:
         chosen = _best(scores, due.num_survivors)
@@ -205,7 +218,9 @@ def triattention_scores(
     return total + (unrotated.unsqueeze(2) * keys[..., rotary.rotary_dim :]).sum(-1)
 
 
-def combine(raw: Tensor, candidates: Tensor, num_kv_heads: int, selection: str) -> Tensor:
+def combine(
+    raw: Tensor, candidates: Tensor, num_kv_heads: int, selection: str, num_stages: int = 1
+) -> Tensor:
     """z-normalise per query head, take the best of each group, then share by ``selection``.
 
     raw [L, H, T], candidates: positions [L, H_kv, T]; returns [L, H_kv, T].
@@ -216,8 +231,10 @@ def combine(raw: Tensor, candidates: Tensor, num_kv_heads: int, selection: str) 
     deviation = (raw - mean).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
     scores = ((raw - mean) / deviation).unflatten(1, (num_kv_heads, -1)).amax(2)
     if selection == "per_head":
-        assert (candidates == candidates[:1]).all(), "one keep set per KV head in all layers"
-        scores = scores.mean(0, keepdim=True).expand_as(scores)
+        of_stages = candidates.unflatten(0, (num_stages, -1))
+        assert (of_stages == of_stages[:, :1]).all(), "one keep set per KV head in all layers"
+        scores = scores.unflatten(0, (num_stages, -1))
+        scores = scores.mean(1, keepdim=True).expand_as(scores).flatten(0, 1)
     elif selection == "union":
         assert (candidates == candidates[:1, :1]).all(), "one keep set everywhere"
         scores = scores.amax((0, 1), keepdim=True).expand_as(scores)

@@ -146,7 +146,7 @@ def _main(job_file: str, result_file: str) -> None:
         chosen = {"method": "triattention", **job.settings}
         arguments["additional_config"] = {"kv_compression": chosen}
     if job.async_scheduling:
-        _keep_async_scheduling()
+        keep_async_scheduling()
     if job.kernel_block_size is not None:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -169,7 +169,7 @@ def _main(job_file: str, result_file: str) -> None:
     torch.save(recorder.result(outputs), result_file)
 
 
-def _keep_async_scheduling() -> None:
+def keep_async_scheduling() -> None:
     """vLLM's CPU platform switches async scheduling off behind the flags; put it back on."""
     from vllm.platforms.cpu import CpuPlatform
 

@@ -64,6 +64,8 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
     if vllm_config.kv_transfer_config is not None:
         yield "a KV connector loads and saves blocks by token position; unset kv_transfer_config"
     yield from _speculation_refusals(vllm_config.speculative_config)
+    if parallel.distributed_executor_backend == "ray":
+        yield "the Ray executor has not been verified with compression; use the 'mp' executor"
     if parallel.use_ubatching:
         yield "micro-batching (DBO) splits a step that calibration reads in order; turn it off"
     on_cpu = vllm_config.device_config.device_type == "cpu"

@@ -1,0 +1,154 @@
+"""Turn two of a chat with and without compression: prefix-cache hits and time to first token.
+
+    python benchmarks/multi_turn.py [--tiny] [--output FILE]
+
+Two engines with the same flags take turns with the same chats, in processes of their own. Turn two
+sends the first prompt, the answer and a new message. Writes one JSON file with the conditions.
+"""
+
+import argparse
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from engine import HERE, SideProcess, conditions, side_process
+
+from triattention_vllm.tools.tiny_model import write_tiny_model
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """chats: (tokens of the first prompt, tokens of its answer); each ``num_chats`` times."""
+
+    model: Json
+    settings: Json
+    chats: tuple[tuple[int, int], ...]
+    message_tokens: int
+    num_chats: int
+    block_size: int
+    pool_bytes: int
+    max_num_batched_tokens: int
+
+    @property
+    def max_model_len(self) -> int:
+        """Room for both turns of the longest chat."""
+        return max(sum(chat) for chat in self.chats) + self.message_tokens + 64
+
+
+NORMAL = Size(
+    model={
+        "num_layers": 8,
+        "hidden_size": 512,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "dtype": "bfloat16",
+    },
+    settings={"method": "triattention", "budget": 512, "interval": 128, "window": 64},
+    chats=((256, 128), (256, 768), (1024, 128), (2048, 128)),
+    message_tokens=64,
+    num_chats=3,
+    block_size=32,
+    pool_bytes=256 << 20,
+    max_num_batched_tokens=512,
+)
+TINY = Size(
+    model={"num_layers": 2, "hidden_size": 128, "head_dim": 32},
+    settings={"method": "triattention", "budget": 128, "interval": 32, "window": 32},
+    chats=((64, 32), (64, 160)),
+    message_tokens=20,
+    num_chats=2,
+    block_size=32,
+    pool_bytes=8 << 20,
+    max_num_batched_tokens=128,
+)
+
+
+def measure(sides: dict[str, SideProcess], size: Size, chat: tuple[int, int], seed: int) -> Json:
+    """The same chats on both sides, in turns; a chat's prompt is new to both."""
+    num_prompt, num_answer = chat
+    generator = torch.Generator().manual_seed(seed)
+    turns: dict[str, list[Json]] = {name: [] for name in sides}
+    for chat_idx in range(size.num_chats):
+        prompt = torch.randint(0, 256, (num_prompt,), generator=generator).tolist()
+        message = torch.randint(0, 256, (size.message_tokens,), generator=generator).tolist()
+        for name in list(sides) if chat_idx % 2 == 0 else list(reversed(sides)):
+            side = sides[name]
+            first = side.send({"call": "turn", "prompt": prompt, "answer_tokens": num_answer})
+            history = prompt + first["answer"] + message
+            turns[name].append(side.send({"call": "turn", "prompt": history, "answer_tokens": 4}))
+    result: Json = {
+        "prompt_tokens": num_prompt,
+        "answer_tokens": num_answer,
+        "second_prompt_tokens": num_prompt + num_answer + size.message_tokens,
+    }
+    for name, own in turns.items():
+        result[name] = {
+            "hit_tokens": [turn["hit_tokens"] for turn in own],
+            "first_token_ms": sorted(turn["first_token_seconds"] * 1e3 for turn in own),
+        }
+    return result
+
+
+def markdown_table(report: Json) -> str:
+    """The figures of a report as the documents show them."""
+    rows = [
+        "| prompt + answer of turn one | prompt of turn two | hits, full | compressed "
+        "| computed, full | compressed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in report["results"]:
+        total = result["second_prompt_tokens"]
+        hits = [median(result[name]["hit_tokens"]) for name in ("full", "compressed")]
+        rows.append(
+            f"| {result['prompt_tokens']} + {result['answer_tokens']} | {total} "
+            f"| {hits[0]} | {hits[1]} | {total - hits[0]} | {total - hits[1]} |"
+        )
+    return "\n".join(rows)
+
+
+def run(size: Size, output: Path) -> None:
+    """Measure every chat and write ``output``."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model = write_tiny_model(Path(folder, "model"), **size.model)
+        arguments = {
+            "enforce_eager": True,
+            "dtype": size.model.get("dtype", "float32"),
+            "block_size": size.block_size,
+            "kv_cache_memory_bytes": size.pool_bytes,
+            "max_model_len": size.max_model_len,
+            "max_num_batched_tokens": size.max_num_batched_tokens,
+            "disable_log_stats": True,
+        }
+        sides, described = {}, {}
+        for name, settings in (("full", None), ("compressed", size.settings)):
+            sides[name] = stack.enter_context(side_process())
+            started = {"model": str(model), "arguments": arguments, "settings": settings}
+            described = sides[name].send(started)
+        results = [measure(sides, size, chat, seed) for seed, chat in enumerate(size.chats)]
+        report = {"conditions": conditions(size, described), "results": results}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(markdown_table(report))
+    print(f"wrote {output}")
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a size for CI: no figure to quote")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/multi_turn.json")
+    args = parser.parse_args()
+    default = HERE / "results" / ("multi_turn_tiny.json" if args.tiny else "multi_turn.json")
+    run(TINY if args.tiny else NORMAL, args.output or default)
+
+
+if __name__ == "__main__":
+    main()
