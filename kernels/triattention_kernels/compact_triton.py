@@ -181,8 +181,10 @@ def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
     num_requests, num_layers, num_kv_heads, _ = kept.shape
     head_dim = keys.shape[5] * keys.shape[6]
     dims_pad = triton.next_power_of_2(head_dim)
-    # A padded row keeps a mask for every element: half the tile, so that they stay in registers.
-    tile_elements = TILE_ELEMENTS if dims_pad == head_dim else TILE_ELEMENTS // 2
+    # Padded rows keep a mask for every element, scattered ones an address: half the tile, so that
+    # they stay in registers.
+    in_rows = all(view.shape[6] == 1 and view.stride(5) == 1 for view in (keys, values))
+    tile_elements = TILE_ELEMENTS // (1 if in_rows and dims_pad == head_dim else 2)
     phases = [(True, True)] if batch.moves_forward else [(True, False), (False, True)]
     scratch_tokens = 0 if batch.moves_forward else kept.numel()
     scratch = keys.new_empty(max(1, scratch_tokens * 2 * head_dim))

@@ -15,6 +15,9 @@ CpuLayout = Literal["vec", "vec16", "amx"]
 # vLLM's AMX packing keeps 16 slots (keys) or 16 dims (values) together, in pairs of the other.
 AMX_GROUP = 16
 
+# vLLM's ROCm paged attention keeps as many bytes of a key's head dims together.
+ROCM_GROUP_BYTES = 16
+
 SCALE_BYTES = 4  # float32
 
 
@@ -178,6 +181,37 @@ class PagedKV:
         groups = (head_dim // AMX_GROUP, block_size // 2, AMX_GROUP, 2)
         values = torch.unflatten(values, 3, groups).permute(0, 1, 2, 4, 6, 3, 5)
         return cls(keys, values)
+
+    @classmethod
+    def from_rocm_layout(cls, blocks: Tensor, num_kv_heads: int) -> "PagedKV":
+        """Views of blocks as vLLM's ROCm paged attention packs them.
+
+        blocks: [L, num_blocks, 2, block_size, H_kv * D], the last two dimensions contiguous. Per
+        block, index 0 holds all keys as [H_kv, D/x, block_size, x] with 16 bytes of head dims
+        together (x elements), index 1 all values as [H_kv, D, block_size].
+
+        Source: vLLM ``PagedAttention.split_kv_cache``.
+        """
+        group = ROCM_GROUP_BYTES // blocks.itemsize
+        if (
+            blocks.dim() != 5
+            or blocks.shape[2] != 2
+            or blocks.shape[4] % (num_kv_heads * group)
+            or blocks.stride()[3:] != (blocks.shape[4], 1)
+        ):
+            raise ArgumentError(
+                f"blocks has shape {list(blocks.shape)} and strides {list(blocks.stride())};"
+                " [L, num_blocks, 2, block_size, H_kv * D] with the last two dimensions contiguous"
+                f" and D a multiple of {group} is needed"
+            )
+        keys, values = blocks.flatten(3).unbind(2)
+        head_dim, slots = blocks.shape[4] // num_kv_heads, blocks.shape[3]
+        keys = torch.unflatten(keys, 2, (num_kv_heads, head_dim // group, slots, group))
+        values = torch.unflatten(values, 2, (num_kv_heads, head_dim, slots))
+        return cls(
+            keys.permute(0, 1, 2, 4, 3, 5)[:, :, :, :, None],
+            values.transpose(3, 4)[:, :, :, :, None, :, None],
+        )
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,30 @@
-"""vLLM's CUDA metadata builders, with ours in front, look past the null head."""
+"""vLLM's GPU metadata builders, with ours in front, look past the null head."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_runs import ModelFolder
 
+BACKENDS = ["TRITON_ATTN", "FLASH_ATTN", "ROCM_ATTN", "ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_FA"]
+
 
 @pytest.fixture(scope="module")
-def built(model_folder: ModelFolder) -> dict[str, dict[str, object]]:
+def built(model_folder: ModelFolder) -> dict[str, dict[str, Any]]:
     """What vLLM's own builders made, by backend; from a process with interpreted Triton."""
     script = Path(__file__).with_name("cuda_builders_script.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
     done = subprocess.run(
-        [sys.executable, str(script), str(model_folder("qwen3"))],
+        [sys.executable, str(script), str(model_folder("qwen3")), *BACKENDS, "FLASHINFER"],
         env=environment,
         capture_output=True,
         text=True,
@@ -24,20 +32,72 @@ def built(model_folder: ModelFolder) -> dict[str, dict[str, object]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {result["name"]: result for result in json.loads(done.stdout.splitlines()[-1])}
+    results: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 @pytest.mark.feature("CUDA graphs", "not yet run on a GPU")
-@pytest.mark.parametrize("backend", ["TRITON_ATTN", "FLASH_ATTN"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_cuda_metadata_is_built_from_shifted_rows(
-    backend: str, built: dict[str, dict[str, object]]
+    backend: str, built: dict[str, dict[str, Any]]
 ) -> None:
     """Regression: silently nothing under another model runner or under full CUDA graphs."""
     result = built[backend]
     assert result["rows"] == [[5, 6], [7, 8], [9, 10]]
-    assert result["seq_lens"] == [31, 30, 32, 0]
+    assert result["seq_lens"] == result["drafted"] == [31, 30, 32, 0]
     assert result["max_seq_len"] == 32
     assert result["slots"] == [0, 1, 2]
-    assert result["same_memory"], "a captured graph would read the first step for ever"
+    assert result["cudagraph_support_kept"]
     assert not result["goes_around_build"]
     assert not result["fused_drafts"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_captured_graphs_read_the_memory_that_every_build_writes(
+    backend: str, built: dict[str, dict[str, Any]]
+) -> None:
+    result = built[backend]
+    assert result["same_memory"], "a captured graph would read the first step for ever"
+    assert result["captured_same_memory"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_build_reads_nothing_from_the_device_and_allocates_what_vllm_does(
+    backend: str, built: dict[str, dict[str, Any]]
+) -> None:
+    """It ran on tensors without memory: whatever reads one raises."""
+    assert built[backend]["launches"] == 1
+    assert built[backend]["allocations"] == built[backend]["vllms_allocations"]
+
+
+def test_flash_attention_3_is_scheduled_by_the_shortened_lengths(
+    built: dict[str, dict[str, Any]],
+) -> None:
+    assert built["FLASH_ATTN"]["fa3"][:2] == [[32, True], [32, True]]
+
+
+def test_a_backend_is_imported_only_where_vllm_chooses_it() -> None:
+    """FlashInfer's imports a package that is not there on most machines."""
+    code = "import sys, triattention_vllm.engine.worker; print('flashinfer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_flashinfer_is_planned_on_the_host_with_exactly_the_devices_lengths(
+    built: dict[str, dict[str, Any]],
+) -> None:
+    wrapper, plan = built["FLASHINFER"]["decode"]
+    assert wrapper == "BatchDecodeWithPagedKVCacheWrapper"
+    assert plan["indptr"] == [0, 2, 4, 6]
+    assert plan["indices"] == [5, 6, 7, 8, 9, 10]
+    assert plan["last_page_len"] == [15, 14, 16]
+    kinds = dict(built["FLASHINFER"]["mixed"])
+    assert kinds["BatchDecodeWithPagedKVCacheWrapper"]["seq_lens"] == [31, 30]
+    prefill = kinds["BatchPrefillWithPagedKVCacheWrapper"]
+    assert prefill["seq_lens"] == [32, 0]
+    assert prefill["qo_indptr"] == [0, 7, 7]
+    assert prefill["paged_kv_indptr"] == [4, 6, 6]
+    assert prefill["paged_kv_indices"] == [5, 6, 7, 8, 9, 10]
+    assert not built["FLASHINFER"]["goes_around_build"]
+    assert not built["FLASHINFER"]["fused_drafts"]
+    assert built["FLASHINFER"]["cudagraph_support_kept"]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.utils import AttentionGroup
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.attention import ShiftedRows
+from triattention_vllm.engine.attention import ShiftedRows, unquantised
 from triattention_vllm.engine.null_heads import NullHeads
 from triattention_vllm.engine.spec import CompressedAttentionSpec
 
@@ -125,3 +126,52 @@ def test_padding_rows_have_no_null_head_on_the_host(builder: Builder) -> None:
     assert np.array_equal(nulls, [1, 0, 0])
     builder.null_heads.begin_step({})
     assert not builder.null_heads.of_rows(metadata([[0, 5]], [7])).any()
+
+
+class SplittingBackend:
+    """Takes kernel blocks of BLOCK_SIZE alone."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(spec: Any) -> list[int]:
+        return [BLOCK_SIZE]
+
+    @staticmethod
+    def get_builder_cls() -> type[StockBuilder]:
+        return type("B", (Builder,), {"requires_block_table_width": False})
+
+
+def test_rows_of_blocks_that_vllm_splits_lose_every_part_of_a_null_block() -> None:
+    """vLLM's own attention group maps rows of the manager's blocks to kernel blocks: a null block
+    becomes entries 0 and 1, and block b becomes 2b and 2b + 1."""
+    manager = 2 * BLOCK_SIZE
+    base = FullAttentionSpec(block_size=manager, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    spec = CompressedAttentionSpec.from_full_attention(base, Settings(), 16)
+    config = SimpleNamespace(
+        scheduler_config=CONFIG.scheduler_config,
+        model_config=SimpleNamespace(max_model_len=64),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+    )
+    group = AttentionGroup(SplittingBackend, ["layer"], spec, 0)
+    group.create_metadata_builders(config, torch.device("cpu"), kernel_block_size=BLOCK_SIZE)
+    (split,) = group.metadata_builders
+    assert split.kv_cache_spec.block_size == BLOCK_SIZE
+    split.null_heads = NullHeads(manager)
+    split.null_heads.read_rows_with(lambda _: ["a", "b"])
+    split.null_heads.begin_step({"a": 2})
+    after = group.build_metadata(metadata([[0, 0, 3, 5], [1, 2]], [29, 10]))
+    assert after.seq_lens.tolist() == after.seq_lens_cpu_upper_bound.tolist() == [13, 10]
+    assert after.max_seq_len == 13
+    assert after.block_table_tensor[0, :4].tolist() == [6, 7, 10, 11]
+    assert after.block_table_tensor[1, :3].tolist() == [2, 3, 4]
+
+
+def test_quantised_queries_are_observed_as_the_model_computed_them() -> None:
+    """Statistics made while the KV cache is fp8 are those of any other."""
+    query = torch.tensor([[[1.0, -2.0], [4.0, 8.0]]])
+    assert unquantised(query, torch.tensor(5.0)) is query
+    stored = query.to(torch.float8_e4m3fn)
+    assert torch.equal(unquantised(stored, torch.tensor(0.5)), 0.5 * query)
+    by_head = unquantised(stored, torch.tensor([0.5, 2.0]))
+    assert by_head.tolist() == [[[0.5, -1.0], [8.0, 16.0]]]

@@ -79,6 +79,16 @@ def test_odd_sizes_and_size_one_are_moved(layout, shape, in_place, make_cache, m
     assert_moves_as_torch(make_cache(layout, shape).kv, batch, kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("forward", [False, True])
+def test_tokens_packed_for_rocm_are_moved(dtype, forward, make_batch):
+    generator = torch.Generator().manual_seed(8)
+    storage = torch.randint(0, 256, (2, 8, 2, 16, 64), generator=generator).to(dtype)
+    kv = PagedKV.from_rocm_layout(storage, 2)
+    batch = make_batch([[4, 1, 3], [6, 5]], [[4, 7], [6]] if forward else [[1, 4], [3]], [0, 0])
+    assert_moves_as_torch(kv, replace(batch, moves_forward=forward), random_kept(batch, 2, 2, 16))
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_every_head_dim_is_moved(head_dim, make_cache, make_batch):
     cache = make_cache("token_major", (1, 9, 2, 16, head_dim), torch.bfloat16)

@@ -181,6 +181,16 @@ def test_every_kind_of_score_compiles(for_target, dtype, group, head_dim, rotary
     assert launches[0].compiled(for_target).spilled == 0
 
 
+@pytest.mark.parametrize("for_target", ["gfx942"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fnuz])
+def test_the_layout_of_rocm_compiles(for_target, dtype):
+    size = (36, 1000, 2, BLOCK_SIZE, 8 * 128)
+    kv = PagedKV.from_rocm_layout(torch.empty(size, dtype=dtype), 8)
+    for launch in round_launches(kv, make_batch(), 32, "per_head"):
+        if launch.kernel.__name__ in ("score_kernel", "compact_kernel"):
+            assert launch.compiled(for_target).spilled == 0
+
+
 @pytest.mark.parametrize("for_target", ["sm_90"], indirect=True)
 def test_keys_and_moved_tokens_travel_sixteen_bytes_at_a_time(for_target):
     for launch in round_launches(make_kv(MODELS["Qwen3-8B"]), make_batch(), 32, "per_head"):

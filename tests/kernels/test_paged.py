@@ -48,6 +48,27 @@ def test_amx_packing_by_hand():
     assert value[2, :2].tolist() == [288, 290]
 
 
+@pytest.mark.parametrize(("dtype", "group"), [(torch.bfloat16, 8), (torch.uint8, 16)])
+def test_rocm_packing_by_offsets(dtype, group):
+    """Per block all keys as [head, dim group, slot, dim of group], then all values as
+    [head, dim, slot]."""
+    num_blocks, num_heads, block_size, head_dim = 3, 2, 4, 32
+    size = num_heads * block_size * head_dim
+    storage = torch.randint(0, 256, (2, num_blocks, 2, size)).to(dtype)
+    kv = PagedKV.from_rocm_layout(storage.view(2, num_blocks, 2, block_size, -1), num_heads)
+    assert (kv.num_layers, kv.num_blocks, kv.num_kv_heads) == (2, num_blocks, num_heads)
+    assert (kv.block_size, kv.head_dim) == (block_size, head_dim)
+    keys = kv.keys.flatten(5).flatten(3, 4)  # layer, block, head, slot, dim
+    values = kv.values.flatten(5).flatten(3, 4)
+    for head, slot, dim in ((0, 0, 0), (0, 3, 7), (1, 2, 17), (1, 3, 31)):
+        start = head * head_dim * block_size
+        key = start + (dim // group * block_size + slot) * group + dim % group
+        assert torch.equal(keys[:, :, head, slot, dim], storage[:, :, 0, key])
+        assert torch.equal(
+            values[:, :, head, slot, dim], storage[:, :, 1, start + dim * block_size + slot]
+        )
+
+
 def test_stacked_layers_are_one_view_of_their_storage():
     storage = torch.zeros(3 * 40)
     layers = [storage[10 + 40 * idx : 34 + 40 * idx].view(2, 12)[:, :6] for idx in range(3)][:2]
@@ -98,6 +119,8 @@ def test_blocks_of_a_wrong_shape_or_layout_are_refused():
         PagedKV.from_cpu_layout(torch.zeros(1, 1, 1, 32, 16).transpose(3, 4), "vec")
     with pytest.raises(ArgumentError, match="multiples of 16"):
         PagedKV.from_cpu_layout(torch.zeros(1, 1, 1, 16, 48), "amx")
+    with pytest.raises(ArgumentError, match="D a multiple of 4"):
+        PagedKV.from_rocm_layout(torch.zeros(1, 2, 2, 4, 12), 2)
     with pytest.raises(ArgumentError, match="7 dimensions"):
         PagedKV(torch.zeros(2, 2), torch.zeros(2, 2))
     with pytest.raises(ArgumentError, match="keys and values differ"):

@@ -73,6 +73,16 @@ def test_every_dtype_is_cast_before_the_arithmetic(dtype, group, make_cache, mak
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fnuz])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_keys_packed_for_rocm_are_no_worse_than_torch(dtype, interleaved, make_batch):
+    generator = torch.Generator().manual_seed(8)
+    storage = torch.randn(2, 8, 2, 16, 64, generator=generator).to(dtype)
+    batch = make_batch([[3, 1], [4]], [[2], [1]], [5, 0])
+    kv = PagedKV.from_rocm_layout(storage, 2)
+    assert_no_worse_than_torch(kv, batch, *random_weights((2, 2, 8, 32), 32), interleaved, 32)
+
+
 def test_keys_at_positions_of_a_million_are_scored_exactly_enough(make_batch):
     """Against the definition: the mean over 17 offsets in complex128, from the cached keys."""
     position, num_frequencies, num_tokens = 1_000_003, 64, 64

@@ -12,10 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fake_flashinfer
 from seams_table import KNOWN_LINES, Seam, versions
 from vllm_source import Source
 
 PLUGIN = Path(__file__).parents[2] / "triattention_vllm"
+
+with fake_flashinfer.installed():
+    # Imports the package flashinfer, which is not there; everything else in it is vLLM's own.
+    importlib.import_module("vllm.v1.attention.backends.flashinfer")
 
 
 def resolve(module: str, qualname: str) -> Any:

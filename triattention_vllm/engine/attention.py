@@ -28,6 +28,12 @@ BACKENDS: dict[AttentionBackendEnum, str] = {
     AttentionBackendEnum.CPU_ATTN: f"{_BACKENDS}.cpu.CompressedCPUBackend",
     AttentionBackendEnum.FLASH_ATTN: f"{_BACKENDS}.flash_attn.CompressedFlashAttentionBackend",
     AttentionBackendEnum.TRITON_ATTN: f"{_BACKENDS}.triton_attn.CompressedTritonBackend",
+    AttentionBackendEnum.FLASHINFER: f"{_BACKENDS}.flashinfer.CompressedFlashInferBackend",
+    AttentionBackendEnum.ROCM_ATTN: f"{_BACKENDS}.rocm_attn.CompressedRocmBackend",
+    AttentionBackendEnum.ROCM_AITER_UNIFIED_ATTN: (
+        f"{_BACKENDS}.rocm_aiter_unified_attn.CompressedAiterUnifiedBackend"
+    ),
+    AttentionBackendEnum.ROCM_AITER_FA: f"{_BACKENDS}.rocm_aiter_fa.CompressedAiterBackend",
 }
 """Every backend that we subclass, by name: a class is imported when vLLM chooses it. vLLM's own
 choice among them is kept; a model that gets another one is refused by the worker."""
@@ -114,6 +120,16 @@ class ShiftedRows:
         )
 
 
+def unquantised(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Queries [n, H, D] as the model computed them; for an fp8 KV cache vLLM may have quantised
+    them before attention. scale: [] or one per KV head [H_kv] (``Attention.query_quant``)."""
+    if query.itemsize > 1:
+        return query
+    num_heads = query.shape[1]
+    per_head = scale.reshape(-1).repeat_interleave(num_heads // scale.numel())
+    return query.float() * per_head[:, None]
+
+
 class ObservedQueries:
     """In front of an attention implementation: calibration may look at a plain run's queries."""
 
@@ -133,7 +149,8 @@ class ObservedQueries:
     ) -> torch.Tensor:
         """vLLM's ``forward``; the observer, if any, sees the actual queries first."""
         if self.query_observer is not None and attn_metadata is not None:
-            self.query_observer(layer.layer_name, query[: attn_metadata.num_actual_tokens])
+            seen = query[: attn_metadata.num_actual_tokens]
+            self.query_observer(layer.layer_name, unquantised(seen, layer._q_scale))
         result: torch.Tensor = super().forward(  # type: ignore[misc]
             layer,
             query,

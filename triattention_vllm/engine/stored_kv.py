@@ -9,6 +9,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
+from triattention_vllm.errors import UnsupportedError
+
 KV_DTYPES = (
     "auto",
     "float16",
@@ -59,3 +61,13 @@ class StoredKV:
 def fp8_by_name(cache_dtype: str) -> torch.dtype:
     """The numbers of backends that store what the KV dtype is called."""
     return torch.float8_e5m2 if cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn
+
+
+def one_fp8_only(cache_dtype: str) -> torch.dtype:
+    """The platform's e4m3, of backends whose compiled writers may store another for e5m2."""
+    if cache_dtype == "fp8_e5m2":
+        raise UnsupportedError(
+            "KV dtype 'fp8_e5m2' is read as e4m3 by this attention backend and may be written as "
+            "e5m2; set --kv-cache-dtype fp8, or start without --kv-compression"
+        )
+    return cast(torch.dtype, current_platform.fp8_dtype())

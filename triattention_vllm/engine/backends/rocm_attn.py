@@ -1,0 +1,50 @@
+"""``ROCM_ATTN``: vLLM's backend, its name and everything else of it, on shifted rows."""
+
+import torch
+from torch import Tensor
+from triattention_kernels import PagedKV
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.rocm_attn import (
+    RocmAttentionBackend,
+    RocmAttentionImpl,
+    RocmAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
+
+from triattention_vllm.engine.attention import ObservedQueries, ShiftedRows
+from triattention_vllm.engine.stored_kv import StoredKV, one_fp8_only
+
+
+class CompressedRocmMetadataBuilder(ShiftedRows, RocmAttentionMetadataBuilder):
+    """Builds from rows without their null head, for compressed groups only."""
+
+
+class ObservedRocmImpl(ObservedQueries, RocmAttentionImpl):
+    """The implementation; calibration may look at the queries of a plain run."""
+
+
+class CompressedRocmBackend(StoredKV, RocmAttentionBackend):
+    """vLLM's ``ROCM_ATTN`` with our builder and implementation."""
+
+    @staticmethod
+    def get_impl_cls() -> type[RocmAttentionImpl]:
+        return ObservedRocmImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[RocmAttentionMetadataBuilder]:
+        return CompressedRocmMetadataBuilder
+
+    @classmethod
+    def fp8_dtype(cls, cache_dtype: str) -> torch.dtype:
+        """One of fp8's two names is known to be written and read alike."""
+        return one_fp8_only(cache_dtype)
+
+    @classmethod
+    def paged_kv(cls, blocks: Tensor, layer: Attention) -> PagedKV:
+        """All keys of a block, then all its values, each packed for the matrix units.
+
+        Source: ``PagedAttention.split_kv_cache``.
+        """
+        if get_kv_quant_mode(layer.kv_cache_dtype) == KVQuantMode.FP8_PER_TENSOR:
+            blocks = blocks.view(cls.fp8_dtype(layer.kv_cache_dtype))
+        return PagedKV.from_rocm_layout(blocks, layer.num_kv_heads)
