@@ -148,6 +148,13 @@ class Settings:
             (str, NoneType),
         ),
     )
+    trace: str | None = _described(
+        None,
+        Description(
+            "File to which rounds are recorded, for `triattention trace`; slows them down.",
+            (str, NoneType),
+        ),
+    )
 
     def __post_init__(self) -> None:
         for name, description in descriptions().items():
@@ -239,11 +246,21 @@ class Settings:
                     f"{name} names {path}, which is not a file; give the path of one, or leave "
                     f"{name} out."
                 )
+        if self.trace_path is not None and not self.trace_path.parent.is_dir():
+            raise SettingsError(
+                f"trace names {self.trace_path}, whose folder does not exist; make the folder, or "
+                "leave trace out."
+            )
 
     @property
     def statistics_path(self) -> Path | None:
         """``statistics`` with ``~`` resolved."""
         return None if self.statistics is None else Path(self.statistics).expanduser()
+
+    @property
+    def trace_path(self) -> Path | None:
+        """``trace`` with ``~`` resolved."""
+        return None if self.trace is None else Path(self.trace).expanduser()
 
     @property
     def calibration_text_path(self) -> Path | None:

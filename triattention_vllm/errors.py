@@ -24,5 +24,9 @@ class SeamError(TriAttentionError, RuntimeError):
     """An attribute of vLLM that this package relies on is not what it was verified to be."""
 
 
+class RecordingError(TriAttentionError, ValueError):
+    """A recording of rounds is missing, is none, or does not have what is asked of it."""
+
+
 class RoundError(TriAttentionError, RuntimeError):
     """A round would break an invariant of the block rows; nothing has been written."""

@@ -12,6 +12,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_layout import paged_kv
 from triattention_vllm.engine.kv_manager import RoundPlan
+from triattention_vllm.engine.trace import SurvivorTrace
 from triattention_vllm.method.policy import Policy
 from triattention_vllm.method.rope import Rotary
 from triattention_vllm.method.round import run_rounds
@@ -36,6 +37,7 @@ class Rounds(ABC):
     def __init__(self, kv: PagedKV, block_size: int) -> None:
         self.kv = kv
         self.split = block_size // kv.block_size
+        self.trace: SurvivorTrace | None = None
 
     @abstractmethod
     def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
@@ -58,7 +60,10 @@ class Rounds(ABC):
         size = MAX_BATCH if self.kv.keys.is_cuda else 1
         for together in forward_groups(sources, destinations):
             for start in range(together.start, together.stop, size):
-                self.run_batch(plans[start : min(start + size, together.stop)])
+                batch = plans[start : min(start + size, together.stop)]
+                kept = self.run_batch(batch)
+                if self.trace is not None:
+                    self.trace.record(batch, kept)
 
     def warm_up(self, group_id: int, policy: Policy, num_blocks: int) -> None:
         """One round of the first blocks onto themselves, which no request may hold yet."""

@@ -15,6 +15,7 @@ from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundP
 from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.periodic_log import PeriodicLog
 from triattention_vllm.engine.step_counts import STEP_METRICS, StepCounts
+from triattention_vllm.engine.trace import step_trace
 
 
 @dataclass
@@ -68,12 +69,15 @@ class CompressionScheduler(Scheduler):
         if metrics is not None:
             log = PeriodicLog(envs.VLLM_LOG_STATS_INTERVAL)
             self.step_counts = StepCounts(self.compressed_managers, metrics, log)
+        self.trace = step_trace(self.vllm_config, self.compressed_managers)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step, as vLLM schedules it, with the rounds that it started."""
         output = with_rounds(super().schedule(throttle_prefills), self.compressed_managers)
         if self.step_counts is not None:
             self.step_counts.count(output, plans_of(output), self.running)
+        if self.trace is not None:
+            self.trace.record(output, plans_of(output), self.running)
         return output
 
     def shutdown(self) -> None:

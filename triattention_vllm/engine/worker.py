@@ -38,6 +38,7 @@ from triattention_vllm.engine.settings import settings_of
 from triattention_vllm.engine.spec import CompressedAttentionSpec, compressed_spec, compressed_specs
 from triattention_vllm.engine.startup import startup_line
 from triattention_vllm.engine.statistics_source import StatisticsSource
+from triattention_vllm.engine.trace import survivor_trace
 from triattention_vllm.environment import ALLOW_UNTESTED_VLLM, allows_untested_vllm
 from triattention_vllm.errors import UnsupportedError
 from triattention_vllm.log import log_once, logger
@@ -131,6 +132,8 @@ class CompressionWorker(Worker):
                     get_tensor_model_parallel_rank(),
                     self.settings,
                 )
+                if self.rank == 0:
+                    self.rounds[group_id].trace = survivor_trace(self.vllm_config, spec.block_size)
             if drafts:
                 self.draft_rounds[group_id] = draft_rounds(drafts, spec.block_size)
         if get_world_group().rank_in_group == 0:

@@ -25,6 +25,7 @@ SUBCOMMANDS = {
     "calibrate": Subcommand("calibrate", "make or import the statistics file of a model"),
     "doctor": Subcommand("doctor", "check this environment, a model and the flags of vllm serve"),
     "demo": Subcommand("demo", "serve a tiny model with and without compression, and compare"),
+    "trace": Subcommand("trace", "draw the rounds of one request: blocks, survivors, the garage"),
     "cpu-install": Subcommand("cpu_install", "finish an install of vLLM's CPU build"),
 }
 

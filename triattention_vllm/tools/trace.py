@@ -1,0 +1,109 @@
+"""``triattention trace``: one request's rounds, as a picture and as a page.
+
+Draws a recording of your own server (``--kv-compression-config.trace FILE``), or serves a tiny
+random model, lets it answer once and draws that.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from triattention_vllm.errors import SettingsError
+from triattention_vllm.tools.garage_page import write_page
+from triattention_vllm.tools.recording import read_recording, request_recording, requests_of
+from triattention_vllm.tools.terminal import console, say, table
+
+_EXAMPLE_ARGUMENTS = (
+    "--served-model-name=tiny",
+    "--dtype=float32",
+    "--enforce-eager",
+    "--distributed-executor-backend=uni",
+    "--max-model-len=16384",
+    "--block-size=32",
+    "--kv-cache-memory-bytes=12M",
+    "--max-num-batched-tokens=512",
+    "--kv-compression=triattention",
+    "--kv-compression-config.interval=64",
+    "--kv-compression-config.window=64",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Without a recording one is made, which takes about a minute on two CPU cores."""
+    add = parser.add_argument
+    add("recording", type=Path, nargs="?", metavar="RECORDING", help="file that `trace` wrote")
+    add("--request", metavar="ID", help="request to draw (the one with the most rounds)")
+    add("--list", action="store_true", help="list the requests of the recording and stop")
+    add("--html", type=Path, metavar="FILE", help="page (garage.html beside the recording)")
+    add("--png", type=Path, metavar="FILE", help="picture (garage.png beside the recording)")
+    add("--svg", type=Path, metavar="FILE", help="picture as SVG (none)")
+    add("--output", type=Path, default=Path("trace-output"), help="folder of a new recording")
+    add("--budget", type=int, default=384, help="budget of a new recording (384)")
+    add("--answer-tokens", type=int, default=3000, help="answer of a new recording (3000)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record if no recording is named, then draw; 0 when all files are written."""
+    out = console()
+    recorded = args.recording
+    if recorded is None:
+        say(out, "Serving a tiny random model and recording one answer; this takes a minute.")
+        recorded = record_example(args.output, args.budget, args.answer_tokens)
+        say(out, f"wrote {recorded}")
+    lines = read_recording(recorded)
+    if args.list:
+        rows = [(name, str(count)) for name, count in requests_of(lines).items()]
+        table(out, str(recorded), ("request", "rounds"), rows)
+        return 0
+    recording = request_recording(lines, args.request)
+    # Imported here: `--list` needs no pictures.
+    from triattention_vllm.tools.garage_plot import plot_garage
+
+    page = args.html or recorded.with_name("garage.html")
+    write_page(recording, page)
+    pictures = [args.png or recorded.with_name("garage.png"), *([args.svg] if args.svg else [])]
+    for picture in pictures:
+        plot_garage(recording, picture)
+    full = -(-recording.num_tokens // recording.block_size)
+    say(
+        out,
+        f"Request {recording.request}: {recording.num_tokens:,} tokens in {recording.most_held} "
+        f"blocks at most instead of {full}; {len(recording.rounds)} rounds freed "
+        f"{recording.num_freed} blocks.",
+    )
+    for file in (page, *pictures):
+        say(out, f"wrote {file}")
+    return 0
+
+
+def record_example(folder: Path, budget: int, answer_tokens: int) -> Path:
+    """Serve a tiny random model into ``folder``, let it answer once; returns the recording."""
+    if not 1 <= answer_tokens <= 16000:
+        raise SettingsError(f"--answer-tokens is {answer_tokens}; allowed are 1 to 16000.")
+    from openai import OpenAI
+
+    from triattention_vllm.tools.server import serving
+    from triattention_vllm.tools.tiny_model import write_tiny_model
+
+    folder.mkdir(parents=True, exist_ok=True)
+    recorded = folder / "rounds.jsonl"
+    recorded.unlink(missing_ok=True)
+    model = write_tiny_model(folder / "tiny-model", max_position_embeddings=16384)
+    arguments = [
+        *_EXAMPLE_ARGUMENTS,
+        f"--kv-compression-config.budget={budget}",
+        f"--kv-compression-config.trace={recorded.resolve()}",
+    ]
+    environment: Mapping[str, str] = {
+        "TRIATTENTION_CACHE": str((folder / "cache").resolve()),
+        "OMP_NUM_THREADS": "1",
+    }
+    with serving(model, arguments, folder / "server.log", environment=environment) as server:
+        client = OpenAI(base_url=server.api_url, api_key="none", max_retries=0, timeout=900)
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "Think for a long time, step by step."}],
+            max_tokens=answer_tokens,
+            extra_body={"ignore_eos": True},
+        )
+    return recorded
