@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import ModelFolder, random_prompt, run_engine
 from pool_world import PoolWorld
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -47,6 +48,16 @@ def scraped(folder: Path) -> dict[str, float]:
             bound = f"<={sample.labels['le']}" if "le" in sample.labels else ""
             samples[sample.name.removeprefix(PREFIX) + bound] = sample.value
     return samples
+
+
+def counted(folder: Path) -> dict[str, float]:
+    """Our counters and histograms in a folder whose processes have ended."""
+    return {
+        sample.name.removeprefix(PREFIX): sample.value
+        for family in FolderCollector(folder).collect()
+        for sample in family.samples
+        if sample.name.startswith(PREFIX) and "le" not in sample.labels
+    }
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -333,6 +344,27 @@ def test_the_stand_in_has_the_methods_of_torchs_event() -> None:
     for name in ("record", "query", "elapsed_time"):
         # Not torch.cuda.Event, which vLLM's CPU build replaces by a stand-in of its own.
         assert callable(vars(torch.cuda.streams.Event)[name])
+
+
+def test_an_offline_engine_counts_its_last_requests_too(
+    model_folder: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It schedules no further step once all have finished."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    run = run_engine(
+        model_folder("qwen3"),
+        [random_prompt(20, 0), random_prompt(30, 1)],
+        300,
+        {"budget": 128, "interval": 32, "window": 32},
+        max_model_len=512,
+        disable_log_stats=False,
+    )
+    counts = counted(tmp_path)
+    num_rounds = sum(len(request.kept) for request in run.requests)
+    assert counts["rounds_total"] == counts["round_time_seconds_count"] == num_rounds > 4
+    assert counts["request_max_cached_tokens_count"] == 2
+    assert counts["request_max_cached_tokens_sum"] == 2 * (128 + 32)
+    assert "cached_tokens" not in counts
 
 
 def test_names_follow_prometheus_and_keep_clear_of_vllms() -> None:

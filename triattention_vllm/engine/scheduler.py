@@ -10,6 +10,8 @@ import vllm.envs as envs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
 
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundPlan
 from triattention_vllm.engine.metrics_file import metrics_file
@@ -79,6 +81,17 @@ class CompressionScheduler(Scheduler):
         if self.trace is not None:
             self.trace.record(output, plans_of(output), self.running)
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """The end of a step, as vLLM takes it; what ended with it is counted."""
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
+            scheduler_output, model_runner_output
+        )
+        if self.step_counts is not None:
+            self.step_counts.count_end(self.finished_req_ids, self.running)
+        return outputs
 
     def shutdown(self) -> None:
         """Also end what counts."""

@@ -1,6 +1,6 @@
 """What the scheduler counts after each step: rounds, blocks and tokens, for metrics and log."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -55,12 +55,15 @@ class StepCounts:
         requests have advanced by the step's tokens already."""
         num_freed = self._count_rounds(plans)
         num_logical, num_cached = self._count_tokens(running)
-        for request_id in output.finished_req_ids:
-            self.compressed.discard(request_id)
-            if request_id in self.max_cached:
-                self.metrics.observe(REQUEST_CACHED_TOKENS, self.max_cached.pop(request_id))
+        self._count_finished(output.finished_req_ids)
         num_preempted = len(output.preempted_req_ids or ())
         self.log.count(num_freed, num_preempted, num_logical, num_cached)
+
+    def count_end(self, finished: Iterable[str], running: Sequence[Request]) -> None:
+        """Count the end of a step, behind which an engine without requests schedules no other.
+        ``finished``: requests that ended; who was counted before is not counted again."""
+        self._count_tokens(running)
+        self._count_finished(finished)
 
     def close(self) -> None:
         """Take the gauges away and log what was not logged yet."""
@@ -86,6 +89,12 @@ class StepCounts:
         self.metrics.add(COPY_ON_WRITE_BLOCKS, sum(plan.num_private_blocks for plan in plans))
         self.metrics.add(COMPRESSED_REQUESTS, len(first_time))
         return num_freed
+
+    def _count_finished(self, finished: Iterable[str]) -> None:
+        for request_id in finished:
+            self.compressed.discard(request_id)
+            if request_id in self.max_cached:
+                self.metrics.observe(REQUEST_CACHED_TOKENS, self.max_cached.pop(request_id))
 
     def _count_tokens(self, running: Sequence[Request]) -> tuple[int, int]:
         """Bring the gauges up to date; returns them: tokens computed, tokens cached."""

@@ -97,7 +97,8 @@ def _round(plan: RoundPlan) -> dict[str, object]:
 class SurvivorTrace:
     """The worker's part: which tokens of each round's region were evicted, for each KV head.
 
-    Where every layer keeps its own tokens, those of the group's first layer.
+    Where every layer keeps its own tokens, those of the group's first layer. block_size: of the
+    plans as ``Rounds`` carries them out.
     """
 
     def __init__(self, lines: Lines, block_size: int) -> None:

@@ -133,7 +133,8 @@ class CompressionWorker(Worker):
                     self.settings,
                 )
                 if self.rank == 0:
-                    self.rounds[group_id].trace = survivor_trace(self.vllm_config, spec.block_size)
+                    rounds = self.rounds[group_id]
+                    rounds.trace = survivor_trace(self.vllm_config, rounds.kv.block_size)
             if drafts:
                 self.draft_rounds[group_id] = draft_rounds(drafts, spec.block_size)
         if get_world_group().rank_in_group == 0:
