@@ -119,6 +119,14 @@ def test_a_published_file_of_another_model_is_refused(model: Path, tmp_path: Pat
     assert not output.exists()
 
 
+def test_a_model_that_vllm_cannot_start_is_one_sentence(tmp_path: Path) -> None:
+    process = calibrate("--model", tmp_path / "gone", "--output", tmp_path / "new.safetensors")
+    assert process.returncode == 1
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"triattention calibrate: vLLM cannot start {tmp_path / 'gone'}")
+    assert "Traceback" not in process.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

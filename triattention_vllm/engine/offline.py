@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from triattention_vllm.config import ADDITIONAL_CONFIG_KEY, Settings
-from triattention_vllm.errors import SeamError, StatisticsError
+from triattention_vllm.errors import SeamError, StatisticsError, TriAttentionError
 from triattention_vllm.method.statistics import Statistics
 
 _QUIET = {
@@ -63,7 +63,16 @@ def _start(model: str, settings: Settings, engine_arguments: Mapping[str, object
         )
     arguments = {"enforce_eager": True, **engine_arguments}
     config = {ADDITIONAL_CONFIG_KEY: settings.to_mapping()}
-    engine = LLM(model=model, additional_config=config, **arguments)
+    try:
+        engine = LLM(model=model, additional_config=config, **arguments)
+    except TriAttentionError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise StatisticsError(
+            f"vLLM cannot start {model} ({reason}); give a model and engine arguments with which "
+            "`vllm serve` starts"
+        ) from error
     engine.llm_engine.engine_core.shutdown()
 
 

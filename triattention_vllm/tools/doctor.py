@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from rich.console import Console
+
 from triattention_vllm import __version__
 from triattention_vllm.child_report import ERROR, STEP, run_child
 from triattention_vllm.config import Settings
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Print every check; 0 where nothing is wrong, else 1."""
     flags = [flag for flag in args.serve if flag != "--json"]
     as_json = args.json or flags != args.serve
-    checks = examine(flags)
+    with Console(stderr=True).status("Asking vLLM; its import alone takes some seconds ..."):
+        checks = examine(flags)
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=1))
     else:

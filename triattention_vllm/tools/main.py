@@ -43,15 +43,23 @@ EXTRAS = {
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """The parser of the command line; only ``chosen`` has its module imported and its
     arguments added, so that ``cpu-install`` runs before torch and vLLM can be imported."""
-    parser = argparse.ArgumentParser(prog="triattention", description="KV compression for vLLM.")
+    formatter = partial(argparse.HelpFormatter, max_help_position=34)
+    parser = argparse.ArgumentParser(
+        prog="triattention",
+        description="KV compression for vLLM.",
+        epilog="Exit status: 0 done, 1 an error or something wrong, 2 wrong usage.",
+        formatter_class=formatter,
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    subparsers = parser.add_subparsers(
+        dest="subcommand", required=True, title="subcommands", metavar="SUBCOMMAND"
+    )
     for name, subcommand in SUBCOMMANDS.items():
         subparser = subparsers.add_parser(
             name,
             help=subcommand.help,
             description=f"{subcommand.help[0].upper()}{subcommand.help[1:]}.",
-            formatter_class=partial(argparse.HelpFormatter, max_help_position=34),
+            formatter_class=formatter,
         )
         if name == chosen:
             module = importlib.import_module(f"triattention_vllm.tools.{subcommand.module}")
