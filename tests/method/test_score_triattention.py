@@ -4,6 +4,7 @@ import cmath
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triattention_kernels import PagedKV, RoundBatch, score
 
 from triattention_vllm.errors import StatisticsError
@@ -158,6 +160,33 @@ def test_weights_at_a_million_tokens_are_right_in_float32(
     narrow = TriAttentionScorer(*parts).query_weights([1_000_003]).double()
     wide = TriAttentionScorer(*parts, dtype=torch.float64).query_weights([1_000_003])
     torch.testing.assert_close(narrow, wide, rtol=1e-6, atol=1e-7)
+
+
+class Copies(TorchDispatchMode):
+    """Notes of every copy to another device whether the host goes on meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.without_waiting: list[bool] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device", "cpu") != "cpu":
+            self.without_waiting.append(bool(kwargs.get("non_blocking")))
+        return function(*args, **kwargs)
+
+
+def test_weights_reach_the_device_without_the_host_waiting(
+    make_statistics: MakeStatistics, make_rotary: MakeRotary
+) -> None:
+    """On tensors without memory, of which nothing can be read either."""
+    scorer = TriAttentionScorer(make_statistics(), make_rotary(), device="meta")
+    copies = Copies()
+    with copies:
+        assert scorer.query_weights([2176, 5000]).is_meta
+    assert copies.without_waiting == [True]
 
 
 def test_a_rank_scores_with_the_statistics_of_its_own_heads_and_layers(

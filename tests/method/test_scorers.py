@@ -113,6 +113,16 @@ def test_a_round_keeps_the_candidates_with_the_highest_scores(method: str) -> No
                 assert sorted(own[first:]) == sorted(ranked[-(num_kept - first) :])
 
 
+def test_holes_are_filled_only_where_tokens_move_in_place() -> None:
+    """Through scratch memory every token moves, and one launch less is needed in order."""
+    assert not TWO_REQUESTS.moves_forward
+    caches = [small_cache(), small_cache()]
+    for kv, compaction in zip(caches, ("repack", "fill_holes"), strict=True):
+        run_rounds(kv, TWO_REQUESTS, [12, 8], KnormScorer(), "per_layer_per_head", compaction)
+    assert torch.equal(caches[0].keys, caches[1].keys)
+    assert torch.equal(caches[0].values, caches[1].values)
+
+
 @pytest.mark.parametrize("method", SCORERS)
 def test_a_request_scores_the_same_alone_and_beside_a_longer_one(method: str) -> None:
     kv = small_cache()

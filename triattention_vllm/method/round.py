@@ -22,10 +22,12 @@ def run_rounds(
     boundaries: ``N*`` of each request, the logical position of its next query. Modifies the
     destination blocks of ``kv``. Returns what was kept of each region, ascending region token
     indices int64 [R, L, H_kv, destination tokens]. Every step depends on the nominal boundary
-    and the cached keys alone, so the same inputs give the same survivors.
+    and the cached keys alone, so the same inputs give the same survivors. The operations make at
+    most six launches on a GPU: holes are filled only where tokens move in place, since through
+    scratch memory all of them move anyway.
     """
     scores = scorer.scores(kv, batch, boundaries)
     kept = select(scores, batch, kv.block_size, kv.num_kv_heads, selection)
-    in_order = compaction == "repack"
+    in_order = compaction == "repack" or not batch.moves_forward
     compact(kv, batch, kept if in_order else fill_holes(kept, batch, kv.block_size))
     return kept

@@ -70,11 +70,15 @@ class TriAttentionScorer:
     def query_weights(self, boundaries: Sequence[int]) -> Tensor:
         """``q_w`` for each request's next position ``T``, [R, L, H, D] in head-dim order.
 
-        boundaries: nominal boundaries ``N*``, one per request. Phases are float64.
+        boundaries: nominal boundaries ``N*``, one per request. Phases are float64. Does not
+        synchronise with the device.
         """
         positions = torch.tensor(boundaries, dtype=torch.int64).reshape(-1, 1)
         fold = phases(self._inv_freq, positions) * self._offset_mean  # [R, L, F]
-        pairs = self._centre * fold.unsqueeze(2).to(self._centre.device)  # [R, L, H, F]
+        device = self._centre.device
+        if device.type == "cuda":
+            fold = fold.pin_memory()  # the host would wait for a copy of other memory
+        pairs = self._centre * fold.unsqueeze(2).to(device, non_blocking=True)  # [R, L, H, F]
         rotated = dims_from_pairs(pairs, self.interleaved)
         weights = self._unrotated_mean.repeat(len(boundaries), 1, 1, 1)
         weights[..., : rotated.shape[-1]] += rotated
