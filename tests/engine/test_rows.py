@@ -85,8 +85,14 @@ def test_runner_v2_applies_the_row_with_the_steps_own_appends() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["num_blocks"] == [0, 6, 2]
-    assert result["rows"][0][:2] == [21, 22]
-    assert result["rows"][1][:6] == [0, 0, 11, 31, 15, 16]
-    assert result["requests"] == ["s", "r"]
+    one_group, two_groups = json.loads(done.stdout.splitlines()[-1])
+    for result in (one_group, two_groups):
+        assert result["rows"] == [
+            [91, 92, 93, 94, 95, 96],
+            [0, 0, 11, 31, 15, 16],
+            [0, 0, 51, 71, 55, 56],
+        ]
+        assert result["num_blocks"] == [6, 6, 6]
+        assert result["slots"] == [96 * 4, 16 * 4 + 1, 56 * 4 + 2, -1]
+        assert result["requests"] == ["s", "q", "r"]
+    assert two_groups["other_group"][1] == [11, 12, 13, 14, 15, 16]
