@@ -18,7 +18,7 @@ def table(rows: list[Json]) -> str:
         cells = (
             row["task"],
             row["length"],
-            row["method"],
+            label(row),
             row["budget"] or "",
             f"{row['exact']:.3f}",
             f"{low:.2f}-{high:.2f}",
@@ -31,6 +31,11 @@ def table(rows: list[Json]) -> str:
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def label(row: Json) -> str:
+    """Method and variant."""
+    return " ".join(filter(None, (row["method"], row["variant"])))
 
 
 def figure(rows: list[Json], path: Path) -> None:
@@ -46,9 +51,9 @@ def figure(rows: list[Json], path: Path) -> None:
     )
     for axis, panel in zip(axes[0], panels, strict=True):
         own = [row for row in rows if (row["task"], row["length"]) == panel]
-        for method in dict.fromkeys(row["method"] for row in own):
-            line = [row for row in own if row["method"] == method]
-            if method == "full":
+        for name in dict.fromkeys(map(label, own)):
+            line = [row for row in own if label(row) == name]
+            if name == "full":
                 axis.axhline(line[0]["exact"], linestyle="--", color="black", label="full")
                 continue
             line.sort(key=lambda row: row["budget"])
@@ -56,7 +61,7 @@ def figure(rows: list[Json], path: Path) -> None:
                 [row["budget"] for row in line],
                 [row["exact"] for row in line],
                 marker="o",
-                label=method,
+                label=name,
             )
         axis.set_title(f"{panel[0]}, {panel[1]} tokens")
         axis.set_xscale("log", base=2)

@@ -1,7 +1,7 @@
 """Accuracy against budget, method against method, through the real engine.
 
     PYTHONPATH=benchmarks python -m quality.run [--lengths N ...] [--budgets N ...]
-        [--methods M ...] [--settings JSON] [--problems N] [--asynchronous]
+        [--methods M ...] [--variant NAME=JSON ...] [--problems N] [--asynchronous]
         [--dfs-file FILE] [--output FILE] [--figure FILE]
 
 For each task x length x method x budget: share of answers that are right to the last word with its
@@ -143,24 +143,37 @@ def measure(arguments: argparse.Namespace) -> list[Json]:
     problems = chosen_problems(arguments)
     found: list[Json] = []
     with tempfile.TemporaryDirectory() as cache:
-        for method in arguments.methods:
-            for budget in [None] if method == FULL else arguments.budgets:
-                how = {"method": method, "budget": budget, "settings": arguments.settings}
-                settings = None if budget is None else _settings(arguments, method, budget)
-                results = run_engine(problems, arguments, settings, cache)
-                new = rows(problems, results, how)
-                found += new
-                print(table(new), flush=True)
-                _write(arguments, found)
+        for how in _ways(arguments):
+            settings = None if how["method"] == FULL else _settings(how)
+            results = run_engine(problems, arguments, settings, cache)
+            new = rows(problems, results, how)
+            found += new
+            print(table(new), flush=True)
+            _write(arguments, found)
     return found
 
 
-def _settings(arguments: argparse.Namespace, method: str, budget: int) -> Json:
+def _ways(arguments: argparse.Namespace) -> list[Json]:
+    """Method, budget, variant and its further settings; full attention knows none of the last."""
+    variants = dict(arguments.variant) or {"": {}}
+    ways = []
+    for method in arguments.methods:
+        if method == FULL:
+            ways.append({"method": FULL, "budget": None, "variant": "", "settings": {}})
+            continue
+        for budget in arguments.budgets:
+            for name, settings in variants.items():
+                way = {"method": method, "budget": budget, "variant": name, "settings": settings}
+                ways.append(way)
+    return ways
+
+
+def _settings(how: Json) -> Json:
     text = {}
-    if method == "triattention" and "statistics" not in arguments.settings:
+    if how["method"] == "triattention" and "statistics" not in how["settings"]:
         text = {"calibration_text": str(MODEL / "calibration.txt")}
-    defaults = {"interval": 32, "window": 32}
-    return {**defaults, **text, **arguments.settings, "method": method, "budget": budget}
+    same = {"method": how["method"], "budget": how["budget"]}
+    return {"interval": 32, "window": 32, **text, **how["settings"], **same}
 
 
 def _write(arguments: argparse.Namespace, found: list[Json]) -> None:
@@ -191,7 +204,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, default=[128, 256, 512])
-    parser.add_argument("--settings", type=json.loads, default={}, help="further settings, JSON")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        type=_variant,
+        default=[],
+        help='a name and further settings, NAME={"selection": "union"}; may be given again',
+    )
     parser.add_argument("--problems", type=int, default=40, help="of each task and length")
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--pool-mebibytes", type=int, default=512)
@@ -200,6 +219,11 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON")
     parser.add_argument("--figure", type=Path, help="accuracy against budget, a picture")
     return parser.parse_args(words)
+
+
+def _variant(text: str) -> tuple[str, Json]:
+    name, _, settings = text.partition("=")
+    return name, json.loads(settings)
 
 
 def main() -> None:

@@ -1,0 +1,137 @@
+"""Published benchmarks against any running server, through the OpenAI API, graded by lm-eval.
+
+    PYTHONPATH=benchmarks python -m quality.served --base-url http://localhost:8000 --model NAME
+        --output FOLDER [--tasks aime24 ...] [--samples N] [--limit N] [--data TASK=FILE]
+
+Needs ``pip install "lm_eval[api]"``, which brings tasks, graders and the progress bar. Every sample
+of every task is a file in FOLDER; one that is there is not asked for again, and an interrupted one
+goes on from the answers it has. Prints the mean over samples beside the paper's figures.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+Json = dict[str, Any]
+TASKS = ("aime24", "aime25", "minerva_math500", "gpqa_diamond_cot_zeroshot", "niah_single_2")
+PUBLISHED = {
+    "aime24": "Qwen3-8B: full 57.1, TriAttention 42.1 at 2048 and 54.6 at 4096 tokens",
+    "aime25": "Qwen3-8B: full 40.8, TriAttention 32.9 at 2048 and 40.8 at 3072 tokens",
+    "minerva_math500": "Qwen3-8B: full 69.6, TriAttention 56.0 at 512 and 68.4 at 1024 tokens",
+}
+"""arXiv 2604.04921."""
+
+
+def sample(arguments: argparse.Namespace, task: str, idx: int) -> Json:
+    """lm-eval's results of one sample of a task, asked for unless the folder has them."""
+    folder: Path = arguments.output
+    path = folder / f"{task}-{idx}.json"
+    if path.is_file():
+        kept: Json = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+    from lm_eval import simple_evaluate
+
+    found = simple_evaluate(
+        model="local-chat-completions",
+        model_args={
+            "model": arguments.model,
+            "base_url": f"{arguments.base_url.rstrip('/')}/v1/chat/completions",
+            "num_concurrent": arguments.concurrent,
+            "max_length": arguments.max_tokens,
+            "timeout": 24 * 3600,
+            "seed": idx,
+        },
+        tasks=[_task(arguments, task)],
+        apply_chat_template=True,
+        gen_kwargs={
+            "temperature": arguments.temperature,
+            "top_p": arguments.top_p,
+            "max_gen_toks": arguments.max_tokens,
+            "do_sample": True,
+        },
+        use_cache=str(folder / f"{task}-{idx}"),
+        limit=arguments.limit,
+        log_samples=False,
+        random_seed=idx,
+    )
+    results: Json = found["results"][task]
+    text = json.dumps(results, indent=1, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+    return json.loads(text)
+
+
+def _task(arguments: argparse.Namespace, task: str) -> str:
+    """lm-eval's name of the task, or a task file that is the same but for where its data lie."""
+    file = dict(arguments.data).get(task)
+    if file is None:
+        return task
+    from lm_eval.tasks import TaskManager
+
+    splits = {split: str(Path(file).resolve()) for split in ("train", "test")}
+    content = {
+        "include": str(TaskManager().task_index[task].yaml_path),
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": splits},
+    }
+    path: Path = arguments.output / f"{task}.yaml"
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
+    return str(path)
+
+
+def table(figures: dict[str, list[Json]]) -> str:
+    """Every metric of every task, in percent: mean and spread over the samples."""
+    lines = [
+        "| task | metric | samples | measured | published |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for task, samples in figures.items():
+        for name, value in samples[0].items():
+            if "stderr" in name or not isinstance(value, (int, float)) or "," not in name:
+                continue
+            values = [100 * one[name] for one in samples]
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            published = PUBLISHED.get(task, "")
+            lines.append(
+                f"| {task} | {name} | {len(values)} | {mean(values):.1f}{spread} | {published} |"
+            )
+    return "\n".join(lines)
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; sampling as published."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base-url", required=True, help="of the server, without /v1")
+    parser.add_argument("--model", required=True, help="as the server calls it")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="of lm-eval, by name")
+    parser.add_argument("--samples", type=int, default=8, help="of each question")
+    parser.add_argument("--limit", type=int, help="questions of each task")
+    parser.add_argument("--data", nargs="+", type=_task_file, default=[], help="TASK=FILE, JSON")
+    parser.add_argument("--concurrent", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=32768)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    return parser.parse_args(words)
+
+
+def _task_file(text: str) -> tuple[str, str]:
+    task, _, file = text.partition("=")
+    return task, file
+
+
+def main() -> None:
+    """Ask, grade, report."""
+    arguments = parse()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    figures = {
+        task: [sample(arguments, task, idx) for idx in range(arguments.samples)]
+        for task in arguments.tasks
+    }
+    print(table(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Published benchmarks through the OpenAI API: resumed, graded by lm-eval, beside the paper's."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quality.served import parse, sample, table
+
+QUESTIONS = [{"ID": str(n), "Problem": f"What is {n} + 1?", "Answer": n + 1} for n in range(4)]
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Stands in for a model, which cannot answer AIME here: right for even numbers."""
+
+    asked: list[dict[str, Any]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append({"path": self.path, **body})
+        number = int(body["messages"][-1]["content"].split("What is ")[1].split(" ")[0])
+        said = f"So it is $\\boxed{{{number + 1 + number % 2}}}$."
+        message = {"role": "assistant", "content": said}
+        answer = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: object) -> None:
+        """Nothing on the console."""
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    handler = type("Asked", (Answers,), {"asked": []})
+    running = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{running.server_port}", handler.asked
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def test_a_stand_in_for_aime24_is_asked_graded_and_not_asked_again(
+    server: tuple[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval grades; pip install 'lm_eval[api]'")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    data = tmp_path / "aime.json"
+    data.write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    url, asked = server
+    words = ["--base-url", url, "--model", "stand-in", "--output", str(tmp_path)]
+    arguments = parse([*words, "--tasks", "aime24", "--data", f"aime24={data}"])
+    found = [sample(arguments, "aime24", idx) for idx in range(2)]
+    assert [one["exact_match,none"] for one in found] == [0.5, 0.5]
+    assert len(asked) == 8
+    for request in asked:
+        assert request["path"] == "/v1/chat/completions"
+        assert (request["temperature"], request["top_p"]) == (0.6, 0.95)
+        assert request["max_tokens"] == 32768
+    assert {request["seed"] for request in asked} == {0, 1}
+    assert [sample(arguments, "aime24", idx) for idx in range(2)] == found
+    assert len(asked) == 8
+
+
+def test_the_table_has_measured_and_published_figures_side_by_side() -> None:
+    figures = {"aime24": [{"exact_match,none": 0.5}, {"exact_match,none": 0.25}]}
+    last = table(figures).split("\n")[-1]
+    assert last.startswith("| aime24 | exact_match,none | 2 | 37.5 ± 17.7 | Qwen3-8B: full 57.1")
