@@ -23,14 +23,14 @@ Json = dict[str, Any]
 CARD = """# A small reasoner
 
 Qwen3's architecture (4 layers, hidden size 256, 4 query and 2 KV heads of 64), 2.4 million
-parameters in bfloat16, 128 words, trained from scratch on this project's own synthetic tasks and on
-nothing else. It solves the problems of `benchmarks/quality/tasks` step by step and knows no language.
-Made to measure what KV-cache compression does to answers; see `docs/quality.md`.
+parameters in bfloat16, 128 words, trained from scratch on this project's own synthetic tasks and
+on nothing else. It solves the problems of `benchmarks/quality/tasks` step by step and knows no
+language. Made to measure what KV-cache compression does to answers; see `docs/quality.md`.
 
-- Made by `python -m quality.train --steps {steps} --seed {seed}`: {tokens} tokens, {seconds} seconds
-  of processes that share their processors with others. `training.jsonl` is the log of every twenty
-  steps: loss, and the share of graded words that were right, by task and length, on problems that
-  were new at that moment.
+- Made by `python -m quality.train --steps {steps} --seed {seed}`: {tokens} tokens, {seconds}
+  seconds of processes that share their processors with others. `training.jsonl` is the log of every
+  twenty steps: loss, and the share of graded words that were right, by task and length, on problems
+  that were new at that moment.
 - `calibration.txt`: solved problems, for the statistics of `triattention`.
 - Licence: that of the project. No data of others went into it.
 
