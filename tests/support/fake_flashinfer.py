@@ -59,6 +59,13 @@ def _absent(*_: Any, **__: Any) -> None:
     raise AssertionError("no attention is computed here")
 
 
+def _other_name(name: str) -> type:
+    """What another release of vLLM imports and no test here calls."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
+
+
 def install() -> list[tuple[str, dict[str, Any]]]:
     """Make ``import flashinfer`` find this; returns the list that plans are appended to."""
     package, decode, prefill, utils = (
@@ -80,6 +87,7 @@ def install() -> list[tuple[str, dict[str, Any]]]:
     prefill.trtllm_batch_context_with_kv_cache = _absent
     utils.FP4Tensor = object
     for module in (package, decode, prefill, utils):
+        module.__getattr__ = _other_name
         module.__spec__ = ModuleSpec(module.__name__, None)
         sys.modules[module.__name__] = module
     return _Wrapper.plans

@@ -4,14 +4,16 @@ import torch
 from vllm.v1.attention.backends.rocm_aiter_unified_attn import (
     RocmAiterUnifiedAttentionBackend,
     RocmAiterUnifiedAttentionImpl,
-    RocmAiterUnifiedAttentionMetadataBuilder,
 )
 
 from triattention_vllm.engine.attention import ObservedQueries, ShiftedRows
 from triattention_vllm.engine.stored_kv import StoredKV, one_fp8_only
 
+# Through 0.28 the backend has no builder class of its own and takes that of ROCM_ATTN.
+_Builder = RocmAiterUnifiedAttentionBackend.get_builder_cls()
 
-class CompressedAiterUnifiedMetadataBuilder(ShiftedRows, RocmAiterUnifiedAttentionMetadataBuilder):
+
+class CompressedAiterUnifiedMetadataBuilder(ShiftedRows, _Builder):  # type: ignore[misc, valid-type]
     """Builds from rows without their null head, for compressed groups only."""
 
 
@@ -27,7 +29,7 @@ class CompressedAiterUnifiedBackend(StoredKV, RocmAiterUnifiedAttentionBackend):
         return ObservedAiterUnifiedImpl
 
     @staticmethod
-    def get_builder_cls() -> type[RocmAiterUnifiedAttentionMetadataBuilder]:
+    def get_builder_cls() -> type[CompressedAiterUnifiedMetadataBuilder]:
         return CompressedAiterUnifiedMetadataBuilder
 
     @classmethod
