@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, cast, get_args
 
 from triattention_vllm.errors import SettingsError
 from triattention_vllm.method.policy import Policy, Protect
+from triattention_vllm.method.pressure import Pressure
 
 OFF = "off"
 ADDITIONAL_CONFIG_KEY = "kv_compression"
@@ -16,6 +17,7 @@ ENVIRONMENT_PREFIX = "TRIATTENTION_"
 Method = Literal["triattention", "streamingllm", "knorm", "vnorm", "random"]
 Selection = Literal["per_head", "per_layer_per_head", "union"]
 Compaction = Literal["repack", "fill_holes"]
+When = Literal["always", "pressure"]
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,15 @@ class Description:
 
     kinds: allowed Python types (``bool`` never counts as ``int``).
     choices: allowed strings; empty where any string is.
-    later: choices that are planned and refused until then.
-    minimum: smallest allowed number.
+    minimum, maximum: smallest and largest allowed number; no largest where it is None.
     """
 
     help: str
     kinds: tuple[type, ...]
     unit: str = ""
     choices: tuple[str, ...] = ()
-    later: tuple[str, ...] = ()
     minimum: int = 0
+    maximum: int | None = None
 
     @property
     def allowed(self) -> str:
@@ -42,7 +43,8 @@ class Description:
         if str in self.kinds and not self.choices:
             parts.append("a path")
         if int in self.kinds:
-            parts.append(f"a whole number of {self.unit}, at least {self.minimum}")
+            most = "" if self.maximum is None else f" and at most {self.maximum}"
+            parts.append(f"a whole number of {self.unit}, at least {self.minimum}{most}")
         return " or ".join(parts)
 
     def refuse(self, name: str, value: object) -> None:
@@ -50,12 +52,9 @@ class Description:
         if type(value) not in self.kinds:
             found = f"{value!r} ({type(value).__name__})"
             raise SettingsError(f"{name} is {found}, allowed is {self.allowed}.")
-        if isinstance(value, int) and value < self.minimum:
+        too_large = isinstance(value, int) and self.maximum is not None and value > self.maximum
+        if isinstance(value, int) and (value < self.minimum or too_large):
             raise SettingsError(f"{name} is {value}, allowed is {self.allowed}.")
-        if isinstance(value, str) and value in self.later:
-            raise SettingsError(
-                f'{name} "{value}" is not available yet, allowed is {self.allowed}.'
-            )
         known = value in self.choices if self.choices else value != ""
         if isinstance(value, str) and not known:
             raise SettingsError(f"{name} is {value!r}, allowed is {self.allowed}.")
@@ -129,9 +128,42 @@ class Settings:
             choices=("repack", "fill_holes"),
         ),
     )
-    when: str = _described(
+    when: When = _described(
         "always",
-        Description("When rounds run.", (str,), choices=("always",), later=("pressure",)),
+        Description(
+            "When rounds run: whenever one is due, or only while the block pool is full.",
+            (str,),
+            choices=get_args(When),
+        ),
+    )
+    pressure_start: int = _described(
+        90,
+        Description(
+            "With when=pressure: rounds begin when more of the block pool than this is needed.",
+            (int,),
+            unit="percent",
+            minimum=1,
+            maximum=100,
+        ),
+    )
+    pressure_stop: int = _described(
+        80,
+        Description(
+            "With when=pressure: rounds end when no more of the block pool than this is needed.",
+            (int,),
+            unit="percent",
+            maximum=100,
+        ),
+    )
+    max_request_budget: int | None = _described(
+        None,
+        Description(
+            "Most tokens that a request may keep by its own kv_budget or with kv_compression "
+            "off; without one, half of the block pool. The server's own budget is always allowed.",
+            (int, NoneType),
+            unit="tokens",
+            minimum=1,
+        ),
     )
     statistics: str | None = _described(
         None,
@@ -171,6 +203,16 @@ class Settings:
             )
         if not self.needs_statistics:
             self._refuse_statistics()
+        if self.pressure_stop > self.pressure_start:
+            raise SettingsError(
+                f"pressure_stop {self.pressure_stop} is above pressure_start "
+                f"{self.pressure_start}; set it to at most {self.pressure_start} percent."
+            )
+        if self.max_request_budget is not None and self.max_request_budget < self.budget:
+            raise SettingsError(
+                f"max_request_budget {self.max_request_budget} is below budget {self.budget}, "
+                "which every request may have; raise it, or leave it out."
+            )
         if self.statistics is not None and self.calibration_text is not None:
             raise SettingsError(
                 "statistics and calibration_text are both set, but a text is only read where "
@@ -214,6 +256,12 @@ class Settings:
             protect=self.protect,
             block_size=block_size,
         )
+
+    @property
+    def pressure(self) -> Pressure | None:
+        """The thresholds under which rounds run, or None where they always do."""
+        thresholds = Pressure(start=self.pressure_start, stop=self.pressure_stop)
+        return thresholds if self.when == "pressure" else None
 
     def check_engine(self, max_model_len: int, block_size: int) -> None:
         """Raise SettingsError where the settings contradict the engine's lengths, in tokens."""

@@ -36,7 +36,7 @@ def parse_int(name: str, value: str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise SettingsError(f"{name}={value!r} is not a whole number of tokens.") from None
+        raise SettingsError(f"{name}={value!r} is not a whole number.") from None
 
 
 def allows_untested_vllm(environ: Mapping[str, str]) -> bool:

@@ -12,6 +12,17 @@ class SettingsError(TriAttentionError, ValueError):
     """A setting is unknown, has a wrong type, is out of range or contradicts another."""
 
 
+class RequestError(TriAttentionError, ValueError):
+    """A request asks for a KV budget that is wrong or that this server does not give.
+
+    key: the extra argument that is at fault.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class StatisticsError(TriAttentionError, ValueError):
     """A statistics file is missing, unreadable, or does not fit the running model."""
 

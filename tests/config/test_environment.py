@@ -87,12 +87,13 @@ def test_a_number_of_protected_tokens_is_a_number() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("TRIATTENTION_BUDGET", "2k", "TRIATTENTION_BUDGET='2k' is not a whole number of tokens"),
+        ("TRIATTENTION_BUDGET", "2k", "TRIATTENTION_BUDGET='2k' is not a whole number"),
         ("TRIATTENTION_BUDGET", "", "TRIATTENTION_BUDGET='' is not a whole number"),
         ("TRIATTENTION_BUDGET", "0", "TRIATTENTION_BUDGET is 0, allowed is a whole number"),
         ("TRIATTENTION_PROTECT", "promt", "TRIATTENTION_PROTECT is 'promt', allowed is \"prompt"),
         ("TRIATTENTION_PROTECT", "-1", "TRIATTENTION_PROTECT is -1, allowed is"),
-        ("TRIATTENTION_WHEN", "pressure", 'TRIATTENTION_WHEN "pressure" is not available yet'),
+        ("TRIATTENTION_WHEN", "never", "TRIATTENTION_WHEN is 'never', allowed is \"always\" or"),
+        ("TRIATTENTION_PRESSURE_START", "101", "PRESSURE_START is 101, allowed is .* at most 100"),
         ("TRIATTENTION_STATISTICS", "", "TRIATTENTION_STATISTICS is '', allowed is a path"),
         ("TRIATTENTION_METHOD", "rkv", "TRIATTENTION_METHOD is 'rkv', allowed is \"triattention"),
         ("TRIATTENTION_BUGDET", "1", "Unknown variable TRIATTENTION_BUGDET; known are TRIATTENT"),

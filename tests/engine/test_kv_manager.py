@@ -1,6 +1,7 @@
 """Rows, blocks and the pool: laws that hold after every step of any traffic."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,11 +15,21 @@ from triattention_vllm.config import Settings
 SMALL = Settings(budget=48, interval=8, window=8, sink_tokens=2)
 """Rounds come quickly: with blocks of 4 a request is compressed at 56 tokens."""
 
+Asked = dict[str, object] | None
+ASKED: list[Asked] = [
+    None,
+    {"kv_budget": 30},
+    {"kv_budget": 100},
+    {"kv_budget": 3},
+    {"kv_compression": "off"},
+]
+"""By its own budget, smaller, larger or one that cannot be served; and without compression."""
+
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(0, 2), st.integers(1, 150)),
-        st.tuples(st.just("finish"), st.integers(0, 5), st.just(0)),
-        st.tuples(st.just("step"), st.integers(1, 40), st.just(0)),
+        st.tuples(st.just("add"), st.integers(0, 2), st.integers(1, 150), st.sampled_from(ASKED)),
+        st.tuples(st.just("finish"), st.integers(0, 5), st.just(0), st.none()),
+        st.tuples(st.just("step"), st.integers(1, 40), st.just(0), st.none()),
     ),
     max_size=25,
 )
@@ -29,11 +40,12 @@ def prompt_of(kind: int, length: int) -> list[int]:
     return [(kind * 7919 + position * 31) % 1000 for position in range(length)]
 
 
-def run_traffic(world: PoolWorld, traffic: list[tuple[str, int, int]]) -> None:
+def run_traffic(world: PoolWorld, traffic: list[tuple[str, int, int, Asked]]) -> None:
     num_added = 0
-    for what, number, length in traffic:
+    for what, number, length, asked in traffic:
         if what == "add":
-            world.add(f"r{num_added}", prompt_of(number, length))
+            max_tokens = 70 if asked and "kv_compression" in asked else 1 << 16
+            world.add(f"r{num_added}", prompt_of(number, length), max_tokens, asked)
             num_added += 1
         elif what == "finish" and world.live:
             world.finish(list(world.live)[number % len(world.live)])
@@ -45,12 +57,18 @@ def run_traffic(world: PoolWorld, traffic: list[tuple[str, int, int]]) -> None:
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("depth", [1, 2])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("when", ["always", "pressure"])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(traffic=operations, protect=st.sampled_from(["prompt", "sinks", 3]))
 def test_rows_blocks_and_tokens_stay_right_under_any_traffic(
-    traffic: list[tuple[str, int, int]], protect: str | int, prefix_caching: bool, depth: int
+    traffic: list[tuple[str, int, int, Asked]],
+    protect: str | int,
+    prefix_caching: bool,
+    depth: int,
+    when: str,
 ) -> None:
-    chosen = Settings(budget=48, interval=8, window=8, sink_tokens=2, protect=protect)
+    """Every request by a budget of its own, or none, whether rounds wait for pressure or not."""
+    chosen = replace(SMALL, protect=protect, when=when)
     world = PoolWorld(chosen, 4, 64, prefix_caching=prefix_caching, depth=depth, max_batched=16)
     run_traffic(world, traffic)
     for request_id in list(world.live):
@@ -81,7 +99,7 @@ def test_freed_blocks_are_evicted_tokens_over_block_size() -> None:
 
 def test_a_request_never_holds_more_blocks_than_its_spec_promises() -> None:
     world = PoolWorld(SMALL, 4, 400, max_batched=32)
-    promised = world.manager.kv_cache_spec.max_blocks_per_request()
+    promised = world.manager.kv_cache_spec.max_blocks_per_request(world.manager.policy)
     world.add("long prompt", prompt_of(0, 900))
     world.add("short prompt", prompt_of(1, 3))
     most = 0

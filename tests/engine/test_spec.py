@@ -98,7 +98,7 @@ def test_a_request_longer_than_the_pool_fits() -> None:
     spec = compressed()
     short, long = engine_config(800), engine_config(1_000_000)
     assert spec.max_memory_usage_bytes(short) == full_attention().max_memory_usage_bytes(short)
-    blocks = spec.max_blocks_per_request()
+    blocks = spec.max_blocks_per_request(spec.policy)
     assert blocks == -(-(1024 + 128 + 512) // 16)
     assert spec.max_memory_usage_bytes(long) == blocks * spec.page_size_bytes
 
@@ -112,7 +112,7 @@ def test_an_all_prompt_request_is_bounded_by_the_model_alone() -> None:
     settings = Settings(budget=1024, protect="all_prompt")
     spec = CompressedAttentionSpec.from_full_attention(full_attention(), settings, 512)
     config = engine_config(8192)
-    assert spec.max_blocks_per_request() is None
+    assert spec.max_blocks_per_request(spec.policy) is None
     assert spec.max_memory_usage_bytes(config) == full_attention().max_memory_usage_bytes(config)
 
 

@@ -65,6 +65,7 @@ class Job:
     async_scheduling: bool = False
     repeat: int = 1
     kernel_block_size: int | None = None
+    extra_args: Sequence[dict[str, Any] | None] | None = None
 
 
 def run_engine(
@@ -77,11 +78,13 @@ def run_engine(
     async_scheduling: bool = False,
     repeat: int = 1,
     kernel_block_size: int | None = None,
+    extra_args: Sequence[dict[str, Any] | None] | None = None,
     **engine: Any,
 ) -> EngineRun:
     """Generate greedily, all prompts at once, in a process of its own. ``repeat`` sends the same
     prompts again to the same engine; the last time counts. ``kernel_block_size``: the only block
-    size that the attention backend claims to take, so that vLLM splits larger ones."""
+    size that the attention backend claims to take, so that vLLM splits larger ones.
+    ``extra_args``: of each request."""
     lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     job = Job(
         str(model),
@@ -93,6 +96,7 @@ def run_engine(
         async_scheduling,
         repeat,
         kernel_block_size,
+        extra_args,
     )
     with tempfile.TemporaryDirectory() as folder:
         job_file, result_file = Path(folder, "job.pt"), Path(folder, "result.pt")
@@ -157,9 +161,16 @@ def _main(job_file: str, result_file: str) -> None:
     recorder = _Recorder(core)
     params = [
         SamplingParams(
-            max_tokens=n, temperature=0.0, ignore_eos=True, logprobs=NUM_LOGPROBS, detokenize=False
+            max_tokens=n,
+            temperature=0.0,
+            ignore_eos=True,
+            logprobs=NUM_LOGPROBS,
+            detokenize=False,
+            extra_args=extra_args,
         )
-        for n in job.max_tokens
+        for n, extra_args in zip(
+            job.max_tokens, job.extra_args or [None] * len(job.prompts), strict=True
+        )
     ]
     for _ in range(job.repeat):
         recorder.forget()

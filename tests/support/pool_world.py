@@ -19,7 +19,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundPlan
+from triattention_vllm.engine.pressure import PoolPressure
+from triattention_vllm.engine.requests import keep_servable
 from triattention_vllm.engine.spec import CompressedAttentionSpec
+from triattention_vllm.request import Capacity
 
 Token = tuple[int, int]
 """(position, hash of the tokens up to it): equal for equal prefixes of different requests."""
@@ -37,7 +40,8 @@ class Live:
 
 
 class PoolWorld:
-    """``settings`` over ``num_blocks`` blocks; ``depth`` steps may be in flight at once."""
+    """``settings`` over ``num_blocks`` blocks; ``depth`` steps may be in flight at once, and all
+    requests of a step share ``max_batched`` tokens."""
 
     def __init__(
         self,
@@ -71,7 +75,14 @@ class PoolWorld:
         manager = self.kv.coordinator.single_type_managers[0]
         assert isinstance(manager, CompressedKVCacheManager)
         self.manager = manager
+        self.requests: dict[str, Request] = {}
+        manager.requests = self.requests
         self.pool = self.kv.block_pool
+        self.settings = settings
+        self.capacity = Capacity(num_blocks - 1, block_size, max_model_len, depth * max_batched)
+        self.pressure = None
+        if settings.pressure is not None:
+            self.pressure = PoolPressure(settings.pressure, [manager], self.pool, 1, max_batched, 0)
         self.block_size = block_size
         self.depth = depth
         self.max_batched = max_batched
@@ -82,25 +93,37 @@ class PoolWorld:
         self.num_preemptions = 0
         self.plans: list[RoundPlan] = []
 
-    def add(self, request_id: str, prompt: list[int], max_tokens: int = 1 << 16) -> None:
-        """Queue a request."""
+    def add(
+        self,
+        request_id: str,
+        prompt: list[int],
+        max_tokens: int = 1 << 16,
+        extra_args: dict[str, object] | None = None,
+    ) -> None:
+        """Queue a request, which may ask for a budget of its own."""
         request = Request(
             request_id,
             prompt,
-            SamplingParams(max_tokens=max_tokens),
+            SamplingParams(max_tokens=max_tokens, extra_args=extra_args),
             None,
             block_hasher=self.hasher,
         )
+        keep_servable(request, self.settings, self.capacity)
+        self.requests[request_id] = request
         self.waiting.append(Live(request))
 
     def finish(self, request_id: str) -> None:
         """End or abort a running request: its blocks go back."""
         live = self.live.pop(request_id)
         self.kv.free(live.request)
+        del self.requests[request_id]
 
     def step(self) -> list[RoundPlan]:
         """Schedule every request it can, run the rounds, then write the step's tokens."""
         self.settle()
+        if self.pressure is not None:
+            self.pressure.relieve([live.request for live in self.live.values()])
+        self.token_budget = self.max_batched
         scheduled: list[tuple[Live, int]] = []
         for live in list(self.live.values()):
             if live.request.request_id in self.live:
@@ -121,10 +144,15 @@ class PoolWorld:
         return plans
 
     def settle(self) -> None:
-        """Commit the oldest step in flight: its tokens are computed, one token is sampled."""
-        for live in self.live.values():
+        """Commit the oldest step in flight, and what a request has to wait for: its tokens are
+        computed, one token is sampled. Requests that have their last token end."""
+        for live in list(self.live.values()):
             if len(live.in_flight) >= self.depth:
                 self._commit(live)
+            while live.in_flight and self._num_missing(live) <= 0:
+                self._commit(live)
+            if live.request.num_output_tokens >= live.request.max_tokens:
+                self.finish(live.request.request_id)
 
     def _commit(self, live: Live) -> None:
         request = live.request
@@ -132,29 +160,29 @@ class PoolWorld:
         if request.num_computed_tokens + 1 > request.num_tokens:
             request.append_output_token_ids(len(request.output_token_ids) % 50)
 
-    def _num_new(self, live: Live) -> int:
-        request = live.request
-        missing = request.num_tokens - request.num_computed_tokens
-        return min(missing, self.max_batched)
+    def _num_missing(self, live: Live) -> int:
+        return int(live.request.num_tokens - live.request.num_computed_tokens)
 
     def _schedule_running(self, live: Live, scheduled: list[tuple[Live, int]]) -> None:
-        num_new = self._num_new(live)
+        num_new = min(self._num_missing(live), self.token_budget)
         if num_new <= 0:
-            while live.in_flight:
-                self._commit(live)
-            num_new = self._num_new(live)
+            return
         while self.kv.allocate_slots(live.request, num_new) is None:
             victim = list(self.live.values())[-1]
             self._preempt(victim)
+            self.token_budget += sum(n for other, n in scheduled if other is victim)
             scheduled[:] = [(other, n) for other, n in scheduled if other is not victim]
             if victim is live:
                 return
+        self.token_budget -= num_new
         scheduled.append((live, num_new))
 
     def _admit(self, live: Live, scheduled: list[tuple[Live, int]]) -> bool:
         request = live.request
+        if self.token_budget == 0:
+            return False
         blocks, num_hits, _ = self.kv.get_computed_blocks(request)
-        num_new = min(request.num_tokens - num_hits, self.max_batched)
+        num_new = min(request.num_tokens - num_hits, self.token_budget)
         got = self.kv.allocate_slots(
             request,
             num_new,
@@ -169,11 +197,14 @@ class PoolWorld:
         request.status = RequestStatus.RUNNING
         live.cached = [self._token(request, position) for position in range(num_hits)]
         self.live[request.request_id] = live
+        self.token_budget -= num_new
         scheduled.append((live, num_new))
         return True
 
     def _preempt(self, live: Live) -> None:
         self.num_preemptions += 1
+        if self.pressure is not None and not self.manager.num_deferred_rounds:
+            assert not any(map(self.is_round_due, self.live.values())), "compress before preempting"
         request = live.request
         del self.live[request.request_id]
         self.kv.free(request)
@@ -181,6 +212,17 @@ class PoolWorld:
         request.num_computed_tokens = 0
         request.num_in_flight_tokens = 0
         self.waiting.insert(0, Live(request))
+
+    def is_round_due(self, live: Live) -> bool:
+        """Whether the request has more committed tokens than its policy wants to keep."""
+        request = live.request
+        policy = self.manager.policy_of(request.request_id)
+        num_null = self.manager.num_null_blocks.get(request.request_id, 0)
+        num_committed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+        num_evicted = num_null * self.block_size
+        return policy is not None and bool(
+            policy.due_round(num_committed, num_evicted, request.num_prompt_tokens)
+        )
 
     def _token(self, request: Request, position: int) -> Token:
         return position, hash(tuple(request.all_token_ids[: position + 1]))
@@ -226,6 +268,20 @@ class PoolWorld:
         assert self.pool.get_num_free_blocks() + len(holders) == self.pool.num_gpu_blocks - 1
         for request_id, live in self.live.items():
             assert self.read(request_id) == live.cached
+            self._check_own_bound(request_id)
+
+    def _check_own_bound(self, request_id: str) -> None:
+        """No round where none was wanted, and no more blocks than the request's budget asks."""
+        num_null = self.manager.num_null_blocks.get(request_id, 0)
+        policy = self.manager.policy_of(request_id)
+        if policy is None:
+            assert num_null == 0
+        elif self.pressure is None and not self.manager.num_deferred_rounds:
+            most = self.manager.kv_cache_spec.max_blocks_per_request(policy)
+            num_held = len(self.manager.req_to_blocks[request_id]) - num_null
+            # A prefix hit may be longer, until the request is scheduled again.
+            with_hits = -(-(self.live[request_id].num_hits + self.max_batched) // self.block_size)
+            assert most is None or num_held <= max(most, with_hits)
 
     def read(self, request_id: str) -> list[Token]:
         """The request's cached tokens, as attention would read them behind the null head."""

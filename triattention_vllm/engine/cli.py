@@ -130,6 +130,7 @@ def turn_on(vllm_config: VllmConfig, settings: Settings) -> None:
     require_verified(vllm_version(), os.environ)
     refuse_authors_plugin(os.environ)
     # Only now: these import parts of vLLM that an untested version may not have.
+    from triattention_vllm.engine import requests
     from triattention_vllm.engine.refusals import refuse_unsupported
     from triattention_vllm.engine.worker import compression_worker_class
 
@@ -149,6 +150,7 @@ def turn_on(vllm_config: VllmConfig, settings: Settings) -> None:
     vllm_config.additional_config = with_settings(
         vllm_config.additional_config, settings.to_mapping()
     )
+    requests.install()
 
 
 def _wrap_add_cli_args() -> None:

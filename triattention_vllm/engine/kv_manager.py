@@ -5,7 +5,7 @@ frees as many real ones and notes a plan; the workers carry it out before the sa
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,8 @@ from vllm.v1.request import Request
 from triattention_vllm.engine.differences import is_block_writable
 from triattention_vllm.errors import RoundError
 from triattention_vllm.log import log_once
-from triattention_vllm.method.policy import Round
+from triattention_vllm.method.policy import Policy, Round
+from triattention_vllm.request import RequestSettings
 
 if TYPE_CHECKING:
     from triattention_vllm.engine.spec import CompressedAttentionSpec
@@ -59,17 +60,19 @@ class CompressedKVCacheManager(FullAttentionManager):
     """vLLM's full-attention manager plus rounds.
 
     ``num_null_blocks`` holds ``E / block_size`` for every request that had a round; requests
-    that had none are managed by vLLM's own code alone.
+    that had none are managed by vLLM's own code alone. ``requests`` are the scheduler's own, so
+    that what a request asks for is looked up and never kept.
     """
 
     kv_cache_spec: "CompressedAttentionSpec"
 
     def __init__(self, kv_cache_spec: "CompressedAttentionSpec", **kwargs: object) -> None:
-        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_blocks_per_request()
         super().__init__(kv_cache_spec, **kwargs)
         # vLLM may have enlarged the block size since the settings were checked.
         kv_cache_spec.settings.check_block_size(self.block_size)
         self.policy = kv_cache_spec.policy
+        self.rounds_wait_for_pressure = kv_cache_spec.settings.pressure is not None
+        self.requests: Mapping[str, Request] = {}
         self.num_null_blocks: dict[str, int] = {}
         self.pending_plans: dict[str, RoundPlan] = {}
         self.num_deferred_rounds = 0
@@ -108,26 +111,50 @@ class CompressedKVCacheManager(FullAttentionManager):
             ),
         )
 
+    def policy_of(self, request_id: str) -> Policy | None:
+        """The rounds of a request by its own budget, or None where it is not compressed."""
+        request = self.requests.get(request_id)
+        params = None if request is None else request.sampling_params
+        if params is None or not params.extra_args:
+            return self.policy
+        return RequestSettings.from_extra_args(params.extra_args).policy(self.policy)
+
+    def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
+        """vLLM's count, where a request is admitted by the bound of its own budget. What else
+        vLLM passes differs by version, and is passed on."""
+        policy = self.policy_of(request_id)
+        self.max_admission_blocks_per_request = self.kv_cache_spec.max_blocks_per_request(policy)
+        return int(super().get_num_blocks_to_allocate(request_id, *args, **kwargs))
+
     def remove_skipped_blocks(
         self,
         request_id: str,
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Start the round that is due for the request, if one is.
+        """Start the round that is due for the request, if one is and rounds do not wait for
+        pressure.
 
         vLLM calls this from ``allocate_slots`` with committed tokens only, before it allocates
         the step's blocks; it is where sliding-window managers drop their old blocks.
         """
-        if not self.req_to_blocks.get(request_id):
-            return  # a waiting request: it gets its blocks behind this call
+        if self.rounds_wait_for_pressure or not self.req_to_blocks.get(request_id):
+            return  # without blocks it waits: it gets them behind this call
         if num_prompt_tokens is None:
             raise RoundError(
                 "vLLM called remove_skipped_blocks without num_prompt_tokens, which the policy "
                 "needs to protect the prompt; this vLLM version is not supported"
             )
+        self.start_due_round(request_id, processed_computed_tokens, num_prompt_tokens)
+
+    def start_due_round(self, request_id: str, num_committed: int, num_prompt_tokens: int) -> None:
+        """Start the round that is due for a running request at ``num_committed`` tokens, if one
+        is."""
+        policy = self.policy_of(request_id)
+        if policy is None:
+            return
         num_evicted = self.num_null_blocks.get(request_id, 0) * self.block_size
-        due = self.policy.due_round(processed_computed_tokens, num_evicted, num_prompt_tokens)
+        due = policy.due_round(num_committed, num_evicted, num_prompt_tokens)
         if due is not None:
             self._start_round(request_id, due)
 

@@ -5,19 +5,25 @@ with the ``SchedulerOutput`` to every rank of tensor and pipeline parallelism, i
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import vllm.envs as envs
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
 
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundPlan
 from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.periodic_log import PeriodicLog
+from triattention_vllm.engine.pressure import PoolPressure
+from triattention_vllm.engine.requests import keep_servable
 from triattention_vllm.engine.step_counts import STEP_METRICS, StepCounts
 from triattention_vllm.engine.trace import step_trace
+from triattention_vllm.request import Capacity
 
 
 @dataclass
@@ -61,11 +67,17 @@ def with_rounds(
 
 
 class CompressionScheduler(Scheduler):
-    """``Scheduler`` whose output carries rounds, and which counts them."""
+    """``Scheduler`` whose output carries rounds, which counts them, and whose requests may have
+    a budget of their own."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.compressed_managers = compressed_managers(self)
+        self.settings = self.compressed_managers[0].kv_cache_spec.settings
+        self.capacity = group_capacity(self)
+        for manager in self.compressed_managers:
+            manager.requests = self.requests
+        self.pressure = pool_pressure(self)
         metrics = metrics_file(self.vllm_config, STEP_METRICS) if self.log_stats else None
         self.step_counts: StepCounts | None = None
         if metrics is not None:
@@ -73,8 +85,15 @@ class CompressionScheduler(Scheduler):
             self.step_counts = StepCounts(self.compressed_managers, metrics, log)
         self.trace = step_trace(self.vllm_config, self.compressed_managers)
 
+    def add_request(self, request: Request) -> None:
+        """vLLM's own, for a request whose wishes can be served."""
+        keep_servable(request, self.settings, self.capacity)
+        super().add_request(request)
+
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step, as vLLM schedules it, with the rounds that it started."""
+        if self.pressure is not None:
+            self.pressure.relieve(self.running)
         output = with_rounds(super().schedule(throttle_prefills), self.compressed_managers)
         if self.step_counts is not None:
             self.step_counts.count(output, plans_of(output), self.running)
@@ -101,12 +120,49 @@ class CompressionScheduler(Scheduler):
 
 
 class CompressionAsyncScheduler(CompressionScheduler, AsyncScheduler):
-    """``AsyncScheduler`` whose output carries rounds, and which counts them."""
+    """``AsyncScheduler`` with the same additions."""
 
 
 def plans_of(output: SchedulerOutput) -> tuple[RoundPlan, ...]:
     """The rounds of a step."""
     return output.round_plans if isinstance(output, RoundsSchedulerOutput) else ()
+
+
+def group_capacity(scheduler: CompressionScheduler) -> Capacity:
+    """What the pool holds of one request in each compressed group: groups that are not
+    compressed take their part of the same pool, and the others share the rest."""
+    manager = scheduler.compressed_managers[0]
+    config = scheduler.kv_cache_config
+    others = sum(
+        cdiv(
+            group.kv_cache_spec.max_memory_usage_bytes(scheduler.vllm_config),
+            group.kv_cache_spec.page_size_bytes,
+        )
+        for group_id, group in enumerate(config.kv_cache_groups)
+        if group_id not in {own.kv_cache_group_id for own in scheduler.compressed_managers}
+    )
+    return Capacity(
+        num_blocks=(config.num_blocks - 1 - others) // len(scheduler.compressed_managers),
+        block_size=manager.block_size,
+        max_model_len=scheduler.max_model_len,
+        max_in_flight_tokens=manager.kv_cache_spec.max_in_flight_tokens,
+        num_lookahead_tokens=scheduler.num_lookahead_tokens,
+    )
+
+
+def pool_pressure(scheduler: CompressionScheduler) -> PoolPressure | None:
+    """What starts rounds before a step, or None where a due round never waits for pressure."""
+    thresholds = scheduler.settings.pressure
+    if thresholds is None:
+        return None
+    return PoolPressure(
+        thresholds,
+        scheduler.compressed_managers,
+        scheduler.kv_cache_manager.block_pool,
+        num_groups=len(scheduler.kv_cache_config.kv_cache_groups),
+        max_new_tokens=scheduler.max_num_scheduled_tokens,
+        num_lookahead_tokens=scheduler.num_lookahead_tokens,
+    )
 
 
 def compressed_managers(scheduler: Scheduler) -> list[CompressedKVCacheManager]:

@@ -42,9 +42,12 @@ class CompressedAttentionSpec(FullAttentionSpec):
         """When rounds are due for requests of this spec, in blocks of its size."""
         return self.settings.policy(self.block_size)
 
-    def max_blocks_per_request(self) -> int | None:
-        """Most blocks one request holds at once, or None where the prompt alone decides."""
-        max_tokens = self.policy.max_cached_tokens(self.max_in_flight_tokens)
+    def max_blocks_per_request(self, policy: Policy | None) -> int | None:
+        """Most blocks one request under ``policy`` holds at once, or None where nothing bounds
+        them: it has no rounds, or the prompt alone decides."""
+        if policy is None:
+            return None
+        max_tokens = policy.max_cached_tokens(self.max_in_flight_tokens)
         return None if max_tokens is None else cdiv(max_tokens, self.block_size)
 
     def max_hit_tokens(self, num_free_blocks: int) -> int | None:
@@ -54,7 +57,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
         What every request is promised to get, ``B + I``, always; beyond that at most half of the
         free blocks together with the tokens in flight: other KV-cache groups share the pool.
         """
-        promised = self.max_blocks_per_request()
+        promised = self.max_blocks_per_request(self.policy)
         if promised is None:
             return None
         in_flight = cdiv(self.max_in_flight_tokens, self.block_size)
@@ -63,7 +66,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that one request of ``max_model_len`` needs; vLLM sizes the pool with it."""
         full = super().max_memory_usage_bytes(vllm_config)
-        max_blocks = self.max_blocks_per_request()
+        max_blocks = self.max_blocks_per_request(self.policy)
         return full if max_blocks is None else min(full, max_blocks * self.page_size_bytes)
 
     @classmethod

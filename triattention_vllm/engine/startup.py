@@ -25,7 +25,7 @@ def startup_line(
     full = cdiv(max_len, spec.block_size)
     decode_tokens = spec.policy.max_cached_tokens(1)
     decode = full if decode_tokens is None else min(full, cdiv(decode_tokens, spec.block_size))
-    prefill = min(full, spec.max_blocks_per_request() or full)
+    prefill = min(full, spec.max_blocks_per_request(spec.policy) or full)
     usable = kv_cache_config.num_blocks - 1
     return (
         f"KV compression is on: {settings.method}, budget {settings.budget} tokens, "

@@ -1,0 +1,178 @@
+"""Rounds that wait for a full pool: nothing is lost before, and nothing is preempted after."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_reference import DenseReference
+from dense_replay import Step, replay
+from engine_runs import EngineRun, ModelFolder, random_prompt, run_engine
+from pool_world import PoolWorld
+
+from triattention_vllm.config import Settings
+from triattention_vllm.method.statistics import Statistics
+
+SMALL = {"budget": 128, "interval": 32, "window": 16}
+POOL = {"max_model_len": 512, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 40}
+"""39 blocks of 32 tokens; six requests of 280 tokens need 54, compressed ones at most 36."""
+PROMPTS = [random_prompt(30, seed) for seed in range(6)]
+IN_WORLD = Settings(budget=48, interval=8, window=8, sink_tokens=2, when="pressure")
+
+
+@pytest.fixture(scope="module")
+def full_pool(model_folder: ModelFolder, text: str) -> Callable[..., EngineRun]:
+    """The same six requests in the same small pool."""
+
+    def run(settings: dict[str, Any] | None, **engine: Any) -> EngineRun:
+        chosen = None if settings is None else {**settings, "calibration_text": text}
+        return run_engine(model_folder("qwen3"), PROMPTS, 250, chosen, **{**POOL, **engine})
+
+    return run
+
+
+def round_moments(run: EngineRun) -> list[tuple[int, int]]:
+    """(tokens computed before the step, null blocks after it) of a lone request's round steps."""
+    (request,) = run.requests
+    nulls = [null for rows in run.steps for _, null, _ in rows.values()]
+    before = [0, *nulls]
+    pairs = zip(request.starts, before, nulls, strict=False)
+    return [(start, now) for start, old, now in pairs if now > old]
+
+
+def test_a_full_server_compresses_before_it_preempts(
+    full_pool: Callable[..., EngineRun],
+) -> None:
+    stock = full_pool(None)
+    pressed = full_pool({**SMALL, "when": "pressure"})
+    ahead = full_pool({**SMALL, "when": "pressure"}, async_scheduling=True)
+    assert stock.num_preemptions > 0
+    assert ahead.scheduler == "CompressionAsyncScheduler"
+    for run in (pressed, ahead):
+        assert run.num_preemptions == 0
+        assert [len(request.token_ids) for request in run.requests] == [280] * 6
+        assert any(request.kept for request in run.requests)
+        assert run.num_free == run.num_blocks - 1
+        assert set(run.ref_counts) == {0}
+
+
+def test_while_memory_is_ample_nothing_differs_from_vllm_without_the_plugin(
+    full_pool: Callable[..., EngineRun],
+) -> None:
+    ample = {"num_gpu_blocks_override": 80}
+    stock = full_pool(None, plugin=False, **ample)
+    pressed = full_pool({**SMALL, "when": "pressure"}, **ample)
+    for one, other in zip(stock.requests, pressed.requests, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == other.logprobs
+        assert not other.kept
+
+
+def test_a_request_longer_than_the_pool_grows_to_the_threshold_between_large_rounds(
+    model_folder: ModelFolder, reference: Callable[[Path], DenseReference], text: str
+) -> None:
+    """Held against the float64 reference, with rounds at the steps at which the engine had them;
+    asynchronous scheduling chooses among the same candidates."""
+    folder = model_folder("qwen3")
+    run, ahead = (
+        run_engine(
+            folder,
+            [random_prompt(100, 3)],
+            1000,
+            {**SMALL, "when": "pressure", "calibration_text": text},
+            async_scheduling=flag,
+            **{**POOL, "max_model_len": 4096, "num_gpu_blocks_override": 20},
+        )
+        for flag in (False, True)
+    )
+    (request,), (other,) = run.requests, ahead.requests
+    assert request.boundaries == other.boundaries
+    assert torch.equal(request.kept[0], other.kept[0])
+    moments = round_moments(run)
+    usable = run.num_blocks - 1
+    assert run.num_preemptions == 0
+    assert len(moments) == len(request.kept) >= 2
+    assert len(request.token_ids) > usable * run.block_size
+    first = moments[0][0]
+    # More than 90 % of 19 blocks are 18, with the one that the step begins.
+    assert first == 17 * run.block_size
+    assert moments[0][1] * run.block_size >= first - 160 - run.block_size
+    starts = {start for start, _ in moments}
+    computed = request.token_ids[:-1]
+    edges = [*request.starts, len(computed)]
+    assert run.statistics is not None
+    result = replay(
+        reference(folder),
+        computed,
+        num_prompt=request.num_prompt,
+        policy=Settings(**SMALL).policy(run.block_size),
+        statistics=Statistics.load(run.statistics.split("kept in ")[-1]),
+        steps=[Step(start, end, start if start in starts else 0) for start, end in pairwise(edges)],
+        kept_log=request.kept,
+    )
+    for i, position in enumerate(request.logprobs):
+        row = result.logprobs[request.num_prompt - 1 + i]
+        for token, logprob in position.items():
+            assert logprob == pytest.approx(float(row[token]), abs=1e-4)
+
+
+def world_of(lengths: Sequence[int], num_blocks: int, settings: Settings = IN_WORLD) -> PoolWorld:
+    """Requests of these prompt lengths, which share no prefix."""
+    world = PoolWorld(settings, 4, num_blocks, max_batched=16)
+    for i, length in enumerate(lengths):
+        world.add(f"r{i}", [i * 1000 + position for position in range(length)])
+    return world
+
+
+def test_the_longest_requests_are_compressed_first_and_only_as_far_as_needed() -> None:
+    """200 blocks: above 180 needed ones the longest request is compressed, which is enough."""
+    world = world_of((100, 300, 60), 201)
+    while not world.plans:
+        world.step()
+        world.check_invariants()
+    assert [plan.request_id for plan in world.plans] == ["r1"]
+    held = 200 - world.pool.get_num_free_blocks()
+    assert held <= 160
+    for _ in range(20):
+        world.step()
+    assert len(world.plans) == 1, "between the thresholds no round begins"
+    assert world.pressure is not None
+    assert not world.pressure.is_on
+
+
+def test_under_lasting_pressure_rounds_run_as_they_always_do() -> None:
+    """With thresholds that any need exceeds, the rounds are those of when="always"."""
+    boundaries = []
+    for chosen in (
+        replace(IN_WORLD, when="always"),
+        replace(IN_WORLD, pressure_start=1, pressure_stop=0),
+    ):
+        world = world_of((20, 90, 140), 201, chosen)
+        for _ in range(120):
+            world.step()
+            world.check_invariants()
+        boundaries.append(sorted((plan.request_id, plan.nominal_boundary) for plan in world.plans))
+    assert boundaries[0] == boundaries[1]
+    assert len(boundaries[0]) > 10
+
+
+def test_a_request_that_is_not_scheduled_in_the_step_is_compressed_too() -> None:
+    """A prompt takes all tokens of the step; a request behind it gives blocks nevertheless."""
+    world = world_of((150,), 61)
+    for _ in range(12):
+        world.step()
+    live = world.live["r0"]
+    world.live = {}
+    world.add("long", [10**6 + position for position in range(400)])
+    world.step()
+    world.live["r0"] = live
+    while not world.plans:
+        computed = live.request.num_computed_tokens
+        world.step()
+        world.check_invariants()
+    assert "r0" in {plan.request_id for plan in world.plans}
+    assert live.request.num_computed_tokens == computed
+    assert world.num_preemptions == 0

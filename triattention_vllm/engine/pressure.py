@@ -1,0 +1,85 @@
+"""Rounds that wait for a full pool: decided before a step is scheduled, for running requests.
+
+vLLM preempts inside ``schedule()`` when a running request finds no block. So what its running
+requests may take in the step counts as needed already, and a pool that is needed beyond the
+threshold gets its rounds first.
+"""
+
+from collections.abc import Sequence
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.request import Request
+
+from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
+from triattention_vllm.method.pressure import Pressure
+
+
+class PoolPressure:
+    """Whether rounds run, from one step to the next, and in which order they relieve the pool.
+
+    num_groups: KV-cache groups that take blocks from the pool; all are taken to need as many as
+        a compressed one. max_new_tokens: tokens of one step, at most; drafts come on top.
+    """
+
+    def __init__(
+        self,
+        thresholds: Pressure,
+        managers: Sequence[CompressedKVCacheManager],
+        block_pool: BlockPool,
+        num_groups: int,
+        max_new_tokens: int,
+        num_lookahead_tokens: int,
+    ) -> None:
+        self.thresholds = thresholds
+        self.managers = managers
+        self.block_pool = block_pool
+        self.num_groups = num_groups
+        self.max_new_tokens = max_new_tokens
+        self.num_lookahead_tokens = num_lookahead_tokens
+        self.is_on = False
+
+    def relieve(self, running: Sequence[Request]) -> None:
+        """Start due rounds, longest cache first, until the pool is not needed beyond the
+        threshold; the others keep all their tokens."""
+        most = self._most_taken(len(running))
+        if not self._is_on(most):
+            self.is_on = False
+            return
+        taken = min(most, self.num_groups * sum(map(self._taken_by, running)))
+        self.is_on = self._is_on(taken)
+        for request in sorted(running, key=self._num_cached, reverse=True):
+            if not self.is_on:
+                return
+            num_committed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+            for manager in self.managers:
+                manager.start_due_round(
+                    request.request_id, num_committed, request.num_prompt_tokens
+                )
+            self.is_on = self._is_on(taken)
+
+    def _is_on(self, num_taken: int) -> bool:
+        """The threshold's answer where the step takes ``num_taken`` blocks."""
+        num_blocks = self.block_pool.num_gpu_blocks - 1
+        num_held = num_blocks - self.block_pool.get_num_free_blocks()
+        return self.thresholds.is_on(self.is_on, num_held + num_taken, num_blocks)
+
+    def _most_taken(self, num_running: int) -> int:
+        """Blocks that a step of ``num_running`` requests can take, without looking at them."""
+        block_size = self.managers[0].block_size
+        per_request = 1 + cdiv(self.num_lookahead_tokens, block_size)
+        in_one_group = cdiv(self.max_new_tokens, block_size) + num_running * per_request
+        return self.num_groups * in_one_group
+
+    def _taken_by(self, request: Request) -> int:
+        """Blocks that the request takes in one group if it is scheduled as far as it can."""
+        manager = self.managers[0]
+        known = request.num_tokens_with_spec + request.num_output_placeholders
+        end = min(known, request.num_computed_tokens + self.max_new_tokens)
+        num_blocks = cdiv(end + self.num_lookahead_tokens, manager.block_size)
+        return max(0, num_blocks - len(manager.req_to_blocks[request.request_id]))
+
+    def _num_cached(self, request: Request) -> int:
+        manager = self.managers[0]
+        num_null = manager.num_null_blocks.get(request.request_id, 0)
+        return int(request.num_computed_tokens) - num_null * manager.block_size
