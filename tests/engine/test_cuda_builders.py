@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 from engine_runs import ModelFolder
 
+from triattention_vllm.engine.differences import LINE
+
+# Through 0.31 vLLM's builder launches a Triton kernel of its own, which its CPU build leaves out.
+PLANS_WITHOUT_KERNEL = LINE >= (0, 32)
 BACKENDS = ["TRITON_ATTN", "FLASH_ATTN", "ROCM_ATTN", "ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_FA"]
 
 
@@ -17,6 +21,7 @@ BACKENDS = ["TRITON_ATTN", "FLASH_ATTN", "ROCM_ATTN", "ROCM_AITER_UNIFIED_ATTN",
 def built(model_folder: ModelFolder) -> dict[str, dict[str, Any]]:
     """What vLLM's own builders made, by backend; from a process with interpreted Triton."""
     script = Path(__file__).with_name("cuda_builders_script.py")
+    names = [*BACKENDS, *(["FLASHINFER"] if PLANS_WITHOUT_KERNEL else [])]
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -24,7 +29,7 @@ def built(model_folder: ModelFolder) -> dict[str, dict[str, Any]]:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     done = subprocess.run(
-        [sys.executable, str(script), str(model_folder("qwen3")), *BACKENDS, "FLASHINFER"],
+        [sys.executable, str(script), str(model_folder("qwen3")), *names],
         env=environment,
         capture_output=True,
         text=True,
@@ -83,6 +88,9 @@ def test_a_backend_is_imported_only_where_vllm_chooses_it() -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.skipif(
+    not PLANS_WITHOUT_KERNEL, reason="vLLM's FlashInfer builder needs Triton through 0.31"
+)
 def test_flashinfer_is_planned_on_the_host_with_exactly_the_devices_lengths(
     built: dict[str, dict[str, Any]],
 ) -> None:
