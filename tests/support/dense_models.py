@@ -5,15 +5,12 @@ Nothing of vLLM and nothing of transformers' modelling code: only ``config.json`
 that is what the models define (frequencies, angle, cosine and sine are float32 there too).
 """
 
-import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,11 +19,13 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class DenseRotary:
-    """inv_freq: float32 [F]; rotary_dim = 2F; interleaved pairs (2f, 2f+1), else (f, f+F)."""
+    """inv_freq: float32 [F]; rotary_dim = 2F; interleaved pairs (2f, 2f+1), else (f, f+F).
+    factor: every rotated dim is multiplied by it (YaRN)."""
 
     inv_freq: Tensor
     rotary_dim: int
     interleaved: bool
+    factor: float = 1.0
 
     def pairs(self, x: Tensor) -> Tensor:
         """Rotated dims of ``x`` [..., D] as complex128 [..., F]."""
@@ -40,11 +39,14 @@ class DenseRotary:
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """``x_f exp(i w_f p)`` for x [H, n, D] at positions [n]."""
         angles = positions.float().unsqueeze(1) * self.inv_freq  # [n, F] float32
-        turn = torch.complex(angles.cos().double(), angles.sin().double())
+        turn = self.factor * torch.complex(angles.cos().double(), angles.sin().double())
         rotated = self.pairs(x) * turn
         parts = (rotated.real, rotated.imag)
         joined = torch.stack(parts, -1).flatten(-2) if self.interleaved else torch.cat(parts, -1)
         return torch.cat([joined, x[..., self.rotary_dim :]], -1)
+
+
+NO_ROTATION = DenseRotary(torch.empty(0), 0, interleaved=False)
 
 
 def default_inv_freq(theta: float, rotary_dim: int) -> Tensor:
@@ -64,13 +66,32 @@ def llama3_inv_freq(inv_freq: Tensor, rope: Json) -> Tensor:
     return torch.where(between, blended, scaled)
 
 
+def yarn_inv_freq(inv_freq: Tensor, rope: Json, rotary_dim: int) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071, without rounding of the ramp's ends): waves that turn at least
+    ``beta_fast`` times in the trained length are kept, those below ``beta_slow`` turns divided by
+    ``factor``, a ramp over dims between them. Returns (frequencies, attention factor)."""
+    factor, trained = rope["factor"], rope["original_max_position_embeddings"]
+
+    def dim_of(turns: float) -> float:
+        log_theta = math.log(rope["rope_theta"])
+        return rotary_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * log_theta)
+
+    low, high = max(dim_of(rope["beta_fast"]), 0), min(dim_of(rope["beta_slow"]), rotary_dim - 1)
+    ramp = ((torch.arange(rotary_dim // 2).float() - low) / (high - low)).clamp(0, 1)
+    return inv_freq / factor * ramp + inv_freq * (1 - ramp), 0.1 * math.log(factor) + 1
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """``x / sqrt(mean x^2 + eps) * weight``."""
     return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
 
 
 class DenseModel(ABC):
-    """The parts of a decoder around attention. x is the residual stream, float64 [n, hidden]."""
+    """The parts of a decoder around attention. x is the residual stream, float64 [n, hidden].
+
+    ``attention_layers`` are the layers with keys and values; where a tensor has a dimension L, it
+    is theirs, in this order. All other layers mix tokens by ``mix``.
+    """
 
     num_layers: int
     num_heads: int
@@ -81,6 +102,39 @@ class DenseModel(ABC):
     def __init__(self, config: Json, weights: dict[str, Tensor]) -> None:
         self.config = config
         self.weights = weights
+
+    @property
+    def attention_layers(self) -> list[int]:
+        return list(range(self.num_layers))
+
+    @property
+    def scale(self) -> float:
+        """Factor of ``q k``."""
+        return float(self.head_dim**-0.5)
+
+    def rotary_of(self, layer_idx: int) -> DenseRotary:
+        """How the layer rotates; ``NO_ROTATION`` where it does not."""
+        del layer_idx
+        return self.rotary
+
+    def window_of(self, layer_idx: int) -> int | None:
+        """Latest tokens that a query sees, itself included; None where it sees all."""
+        del layer_idx
+        return None
+
+    def sinks_of(self, layer_idx: int) -> Tensor | None:
+        """Learned logits [H] that take part in the softmax and have no value."""
+        del layer_idx
+        return None
+
+    def mix(self, layer_idx: int, x: Tensor) -> Tensor:
+        """Output [n, hidden] of a layer without keys, for all tokens from the first one on."""
+        raise NotImplementedError
+
+    def gate(self, layer_idx: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The attention output, gated by the layer's input where a model does that."""
+        del layer_idx, x
+        return attended
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return functional.linear(
@@ -231,16 +285,3 @@ FAMILIES: dict[str, type[DenseModel]] = {
     "gptj": GptJ,
     "gpt_neox": GptNeoX,
 }
-
-
-def load_dense_model(folder: Path, rounded_to: torch.dtype | None = None) -> DenseModel:
-    """The model of ``folder`` in float64; weights first rounded to ``rounded_to`` where given, as
-    an engine does that runs the folder in that type."""
-    config: Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config["model_type"] not in FAMILIES:
-        raise ValueError(f"model_type {config['model_type']!r}; known are {sorted(FAMILIES)}.")
-    weights = load_file(folder / "model.safetensors")
-    if rounded_to is not None:
-        weights = {name: weight.to(rounded_to) for name, weight in weights.items()}
-    weights = {name: weight.double() for name, weight in weights.items()}
-    return FAMILIES[config["model_type"]](config, weights)

@@ -5,11 +5,14 @@ set of token positions per layer and KV head; keys and values of a token are tho
 own step, from what that token could see then.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from dense_models import DenseModel, load_dense_model
+from dense_hybrids import HYBRIDS
+from dense_models import FAMILIES, DenseModel, Json
+from safetensors.torch import load_file
 from torch import Tensor
 
 Stored = Callable[[Tensor], Tensor]
@@ -41,22 +44,29 @@ def fp8_e5m2(content: Tensor) -> Tensor:
 class DenseRun:
     """One sequence: tokens so far, their keys and values, and which of them are still visible.
 
-    keys, values: float64 [L, H_kv, n, D], keys after RoPE. visible: bool [L, H_kv, n].
+    keys, values: float64 [L, H_kv, n, D], keys after RoPE. visible: bool [L, H_kv, n]. L counts
+    the model's attention layers; inputs [n, hidden] of the others are kept in ``history``.
     """
 
     def __init__(self, model: DenseModel, stored: Stored = exactly) -> None:
         self.model = model
         self.stored = stored
-        empty = torch.empty(
-            model.num_layers, model.num_kv_heads, 0, model.head_dim, dtype=torch.float64
-        )
+        num_layers = len(model.attention_layers)
+        empty = torch.empty(num_layers, model.num_kv_heads, 0, model.head_dim, dtype=torch.float64)
         self.keys = empty
         self.values = empty
-        self.visible = torch.ones(model.num_layers, model.num_kv_heads, 0, dtype=torch.bool)
+        self.visible = torch.ones(num_layers, model.num_kv_heads, 0, dtype=torch.bool)
+        self.history: dict[int, Tensor] = {}
 
     @property
     def num_tokens(self) -> int:
         return self.keys.shape[2]
+
+    @property
+    def compressed_rows(self) -> list[int]:
+        """Rows of ``keys`` whose layers see all tokens: only these are compressed."""
+        layers = enumerate(self.model.attention_layers)
+        return [row for row, layer_idx in layers if self.model.window_of(layer_idx) is None]
 
     def extend(self, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
         """Compute ``tokens`` int64 [n]; every one sees the visible earlier tokens, and itself and
@@ -65,40 +75,87 @@ class DenseRun:
         seen: bool [L, H_kv, n, all tokens] replaces that rule (causality is still applied).
         """
         model = self.model
-        num_old, num_new = self.num_tokens, len(tokens)
-        positions = torch.arange(num_old, num_old + num_new)
-        causal = torch.arange(num_old + num_new) <= positions.unsqueeze(1)  # [n, all]
+        num_new = len(tokens)
         self.visible = torch.cat(
             [self.visible, torch.ones(*self.visible.shape[:2], num_new, dtype=torch.bool)], 2
         )
         x = model.embed(tokens)
-        keys, values = [], []
+        rows = {layer_idx: row for row, layer_idx in enumerate(model.attention_layers)}
+        keys, values, history = [], [], {}
         for layer_idx in range(model.num_layers):
-            query, key, value = model.project(layer_idx, x)
-            query = model.rotary.rotate(query, positions)
-            key = self.stored(model.rotary.rotate(key, positions))
-            key = torch.cat([self.keys[layer_idx], key], 1)
-            value = torch.cat([self.values[layer_idx], self.stored(value)], 1)
-            mask = self.visible[layer_idx].unsqueeze(1) if seen is None else seen[layer_idx]
-            attended = attend(query, key, value, mask & causal)
-            x = model.finish_layer(layer_idx, x, attended)
-            keys.append(key)
-            values.append(value)
+            if layer_idx in rows:
+                own = None if seen is None else seen[rows[layer_idx]]
+                x, key, value = self._attention_layer(layer_idx, rows[layer_idx], x, own)
+                keys.append(key)
+                values.append(value)
+            else:
+                old = self.history.get(layer_idx, x[:0])
+                history[layer_idx] = torch.cat([old, x])
+                mixed = model.mix(layer_idx, history[layer_idx])[-num_new:]
+                x = model.finish_layer(layer_idx, x, mixed)
         self.keys, self.values = torch.stack(keys), torch.stack(values)
+        self.history = history
         return model.logits(x).log_softmax(-1)
 
+    def _attention_layer(
+        self, layer_idx: int, row: int, x: Tensor, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(residual stream behind the layer, all its keys, all its values)."""
+        model, rotary = self.model, self.model.rotary_of(layer_idx)
+        positions = torch.arange(self.num_tokens, self.num_tokens + len(x))
+        query, key, value = model.project(layer_idx, x)
+        query = rotary.rotate(query, positions)
+        key = torch.cat([self.keys[row], self.stored(rotary.rotate(key, positions))], 1)
+        value = torch.cat([self.values[row], self.stored(value)], 1)
+        behind = positions.unsqueeze(1) - torch.arange(key.shape[1])  # [n, all]
+        allowed = behind >= 0
+        window = model.window_of(layer_idx)
+        if window is not None:
+            allowed &= behind < window
+        mask = self.visible[row].unsqueeze(1) if seen is None else seen
+        sinks = model.sinks_of(layer_idx)
+        attended = attend(query, key, value, mask & allowed, model.scale, sinks)
+        attended = model.gate(layer_idx, x, attended)
+        return model.finish_layer(layer_idx, x, attended), key, value
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """``softmax(q k / sqrt(D)) v`` over the keys that ``mask`` [H_kv, n, m] allows.
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """``softmax(q k scale) v`` over the keys that ``mask`` [H_kv, n, m] allows; ``sinks`` [H] are
+    further logits without a value.
 
     query [H, n, D]; key, value [H_kv, m, D]; returns [n, H*D].
     """
     group = query.shape[0] // key.shape[0]
     query = query.unflatten(0, (-1, group))  # [H_kv, G, n, D]
-    logits = torch.einsum("hgnd,hmd->hgnm", query, key) / key.shape[-1] ** 0.5
-    weights = logits.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
+    logits = torch.einsum("hgnd,hmd->hgnm", query, key) * scale
+    logits = logits.masked_fill(~mask.unsqueeze(1), -torch.inf)
+    if sinks is not None:
+        extra = sinks.view(*query.shape[:2], 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, extra], -1)
+    weights = logits.softmax(-1)[..., : key.shape[1]]
     attended = torch.einsum("hgnm,hmd->hgnd", weights, value)
     return attended.flatten(0, 1).transpose(0, 1).flatten(1)
+
+
+def load_dense_model(folder: Path, rounded_to: torch.dtype | None = None) -> DenseModel:
+    """The model of ``folder`` in float64; weights first rounded to ``rounded_to`` where given, as
+    an engine does that runs the folder in that type."""
+    known = {**FAMILIES, **HYBRIDS}
+    config: Json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] not in known:
+        raise ValueError(f"model_type {config['model_type']!r}; known are {sorted(known)}.")
+    weights = load_file(folder / "model.safetensors")
+    if rounded_to is not None:
+        weights = {name: weight.to(rounded_to) for name, weight in weights.items()}
+    weights = {name: weight.double() for name, weight in weights.items()}
+    return known[config["model_type"]](config, weights)
 
 
 class DenseReference:

@@ -95,6 +95,7 @@ def replay(
     selection: str = "per_head",
     steps: Sequence[Step] | None = None,
     kept_log: Sequence[Tensor] | None = None,
+    groups: Sequence[Sequence[int]] | None = None,
     tolerance: float = 1e-4,
     num_stages: int = 1,
 ) -> Replay:
@@ -104,12 +105,14 @@ def replay(
     kept_log: the engine's choice of each round in order, int64 [L, H_kv, kept]: ascending token
     indices inside the round's region, which begins at the block of the first candidate.
     num_stages: pipeline stages of as many layers each, over which ``per_head`` takes its mean.
+    groups: rows that share their choices; all compressed layers where None.
     Raises AssertionError where such a choice is no best choice to ``tolerance`` (in units of
     ``max(1, largest score)``), or the number of rounds differs.
     """
     run = reference.start()
     all_tokens = torch.as_tensor(tokens)
     steps = engine_steps(len(all_tokens), num_prompt) if steps is None else steps
+    groups = [range(len(run.compressed_rows))] if groups is None else groups
     result = Replay(torch.empty(0))
     logprobs = []
     num_evicted = 0
@@ -134,6 +137,7 @@ def replay(
                     selection,
                     policy.block_size,
                     choice,
+                    groups,
                     tolerance,
                     num_stages,
                 )
@@ -157,20 +161,20 @@ def _run_round(
     selection: str,
     block_size: int,
     choice: Tensor | None,
+    groups: Sequence[Sequence[int]],
     tolerance: float,
     num_stages: int,
 ) -> ReplayedRound:
     """Choose survivors (or check ``choice``) and hide every other candidate in ``run``."""
-    num_layers, num_kv_heads, _ = run.visible.shape
-    cached = run.visible.nonzero()[:, 2].view(num_layers, num_kv_heads, -1)  # ascending positions
+    rows = run.compressed_rows
+    num_kv_heads = run.visible.shape[1]
+    visible = run.visible[rows]
+    cached = visible.nonzero()[:, 2].view(len(rows), num_kv_heads, -1)  # ascending positions
     candidates = cached[:, :, due.first_candidate : due.end_candidate]
-    scores = combine(
-        _scores_of(run, candidates, statistics, due.nominal_boundary),
-        candidates,
-        num_kv_heads,
-        selection,
-        num_stages,
-    )
+    raw = _scores_of(run, candidates, statistics, due.nominal_boundary)
+    scores = torch.empty(candidates.shape, dtype=torch.float64)
+    for group in map(list, groups):
+        scores[group] = combine(raw[group], candidates[group], num_kv_heads, selection, num_stages)
     if choice is None:
         chosen = _best(scores, due.num_survivors)
     else:
@@ -181,9 +185,10 @@ def _run_round(
         f"round at {due.nominal_boundary}: an evicted token scores {-margin:.3g} above a kept one"
     )
     survivors = candidates.gather(2, chosen)
-    run.visible.scatter_(2, candidates, False)
-    run.visible.scatter_(2, survivors, True)
-    kept = run.visible.nonzero()[:, 2].view(num_layers, num_kv_heads, -1)
+    visible.scatter_(2, candidates, False)
+    visible.scatter_(2, survivors, True)
+    run.visible = run.visible.index_copy(0, torch.tensor(rows), visible)
+    kept = visible.nonzero()[:, 2].view(len(rows), num_kv_heads, -1)
     return ReplayedRound(due, kept, survivors, margin)
 
 
@@ -194,28 +199,36 @@ def _scores_of(
     model = run.model
     group = model.num_heads // model.num_kv_heads
     index = candidates.unsqueeze(-1).expand(-1, -1, -1, model.head_dim)
-    keys = run.keys.gather(2, index).repeat_interleave(group, 1)  # [L, H, T, D]
-    return triattention_scores(keys, model.rotary, statistics, boundary)
+    rows = run.compressed_rows
+    keys = run.keys[rows].gather(2, index).repeat_interleave(group, 1)  # [L, H, T, D]
+    scores = []
+    for idx, row in enumerate(rows):
+        rotary = model.rotary_of(model.attention_layers[row])
+        scores.append(triattention_scores(keys[idx], rotary, statistics, idx, boundary))
+    return torch.stack(scores)
 
 
 def triattention_scores(
-    keys: Tensor, rotary: DenseRotary, statistics: QueryStatistics, boundary: int
+    keys: Tensor, rotary: DenseRotary, statistics: QueryStatistics, idx: int, boundary: int
 ) -> Tensor:
     """``s(k) = mean_d sum_f Re[qbar_f conj(k'_f) exp(i w_f (T + d))] + sum_f (a_f - |qbar_f|)
-    |k'_f| + sum_d E[q_d] k_d`` for keys after RoPE, float64 [L, H, T, D]; returns [L, H, T]."""
+    |k'_f| + sum_d E[q_d] k_d`` for one layer's keys after RoPE, float64 [H, T, D], and row ``idx``
+    of the statistics; returns [H, T]."""
     frequency = rotary.inv_freq.double()
-    centre = torch.complex(statistics.centre_real.double(), statistics.centre_imag.double())
-    magnitude = statistics.magnitude.double()
-    pairs = rotary.pairs(keys)  # [L, H, T, F]
-    product = centre.unsqueeze(2) * pairs.conj()
+    num = len(frequency)
+    real, imag = statistics.centre_real[idx], statistics.centre_imag[idx]
+    centre = torch.complex(real.double(), imag.double())[:, :num]
+    magnitude = statistics.magnitude[idx].double()[:, :num]
+    pairs = rotary.pairs(keys)  # [H, T, F]
+    product = centre.unsqueeze(1) * pairs.conj()
     total = torch.zeros(keys.shape[:-1], dtype=torch.float64)
     for offset in OFFSETS:
         angle = frequency * (boundary + offset)
         total += (product * torch.polar(torch.ones_like(angle), angle)).real.sum(-1)
     total /= len(OFFSETS)
-    total += ((magnitude - centre.abs()).unsqueeze(2) * pairs.abs()).sum(-1)
-    unrotated = statistics.unrotated_mean.double()[..., rotary.rotary_dim :]
-    return total + (unrotated.unsqueeze(2) * keys[..., rotary.rotary_dim :]).sum(-1)
+    total += ((magnitude - centre.abs()).unsqueeze(1) * pairs.abs()).sum(-1)
+    unrotated = statistics.unrotated_mean[idx].double()[..., rotary.rotary_dim :]
+    return total + (unrotated.unsqueeze(1) * keys[..., rotary.rotary_dim :]).sum(-1)
 
 
 def combine(

@@ -38,7 +38,10 @@ class RequestRun:
 class EngineRun:
     """requests: in the order given. num_blocks, num_free: of the pool, after the last request.
 
-    steps: per engine step, request id -> (logical tokens computed, null blocks, real blocks).
+    steps: per engine step, request id -> (logical tokens computed, null blocks, real blocks), in
+    the first compressed KV-cache group.
+    groups: rows of ``RequestRun.kept`` that belong to each compressed group.
+    longest_hashed: tokens of the longest prefix that any block of any group has a hash for.
     """
 
     requests: list[RequestRun]
@@ -50,6 +53,8 @@ class EngineRun:
     scheduler: str
     block_size: int
     ref_counts: list[int]
+    groups: list[list[int]]
+    longest_hashed: int
 
 
 @dataclass
@@ -200,33 +205,45 @@ class _Recorder:
         self.scheduler = core.scheduler
         self.worker = core.model_executor.driver_worker.worker
         self.statistics = None
+        self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.layers: list[tuple[int, int]] = []  # (layer index, group) of every compressed layer
         if "rounds" in vars(self.worker):
-            for rounds in self.worker.rounds.values():
-                self._observe(rounds)
+            for group_id, rounds in self.worker.rounds.items():
+                self._observe(group_id, rounds)
+            self.managers = [self.managers[group_id] for group_id in self.worker.rounds]
             source = self.worker.statistics_source
             self.statistics = None if source is None else source.description
         self._watch_steps()
         self.forget()
 
     def forget(self) -> None:
-        self.kept: dict[str, list[torch.Tensor]] = {}
-        self.boundaries: dict[str, list[int]] = {}
+        self.kept: dict[str, dict[int, dict[int, torch.Tensor]]] = {}
         self.steps: list[dict[str, tuple[int, int, int]]] = []
         self.starts: dict[str, list[int]] = {}
         self.drafts: dict[str, list[list[int]]] = {}
         self.num_preemptions = 0
 
-    def _observe(self, rounds: Any) -> None:
+    def _observe(self, group_id: int, rounds: Any) -> None:
+        from vllm.model_executor.models.utils import extract_layer_index
+
         original = rounds.run_batch
+        names = self.worker.kv_cache_config.kv_cache_groups[group_id].layer_names
+        own = [name for name in names if name not in self.worker.drafts]
+        self.layers = sorted([*self.layers, *((extract_layer_index(n), group_id) for n in own)])
 
         def run_batch(plans: Any) -> torch.Tensor:
             kept: torch.Tensor = original(plans)
-            for plan, own in zip(plans, kept, strict=True):
-                self.kept.setdefault(plan.request_id, []).append(own.clone())
-                self.boundaries.setdefault(plan.request_id, []).append(plan.nominal_boundary)
+            for plan, tokens in zip(plans, kept, strict=True):
+                rounds_of = self.kept.setdefault(plan.request_id, {})
+                rounds_of.setdefault(plan.nominal_boundary, {})[group_id] = tokens.clone()
             return kept
 
         rounds.run_batch = run_batch
+
+    def _all_layers(self, kept: dict[int, torch.Tensor]) -> torch.Tensor:
+        """One round of all groups [L, H_kv, tokens], in the order of layers."""
+        rows = {group_id: iter(tokens) for group_id, tokens in kept.items()}
+        return torch.stack([next(rows[group_id]) for _, group_id in self.layers])
 
     def _watch_steps(self) -> None:
         original = self.scheduler.schedule
@@ -234,7 +251,7 @@ class _Recorder:
         def schedule(*args: Any) -> Any:
             output = original(*args)
             self.num_preemptions += len(output.preempted_req_ids or ())
-            manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
+            manager = self.managers[0]
             for request_id, num_tokens in output.num_scheduled_tokens.items():
                 computed = self.scheduler.requests[request_id].num_computed_tokens
                 self.starts.setdefault(request_id, []).append(computed - num_tokens)
@@ -255,8 +272,8 @@ class _Recorder:
         pool = self.scheduler.kv_cache_manager.block_pool
         requests = []
         for output in outputs:
-            own = [key for key in self.kept if key.split("-")[0] == output.request_id]
             (key,) = [key for key in self.starts if key.split("-")[0] == output.request_id]
+            rounds = self.kept.get(key, {})
             completion = output.outputs[0]
             requests.append(
                 RequestRun(
@@ -266,8 +283,8 @@ class _Recorder:
                         {token: value.logprob for token, value in position.items()}
                         for position in completion.logprobs
                     ],
-                    kept=[kept for key in own for kept in self.kept[key]],
-                    boundaries=[n for key in own for n in self.boundaries[key]],
+                    kept=[self._all_layers(kept) for kept in rounds.values()],
+                    boundaries=list(rounds),
                     starts=self.starts[key],
                     drafts=self.drafts[key],
                 )
@@ -282,6 +299,11 @@ class _Recorder:
             scheduler=type(self.scheduler).__name__,
             block_size=self.scheduler.block_size,
             ref_counts=[block.ref_cnt for block in pool.blocks[1:]],
+            longest_hashed=max(block.block_hash_num_tokens or 0 for block in pool.blocks),
+            groups=[
+                [row for row, (_, own) in enumerate(self.layers) if own == group_id]
+                for group_id in sorted({group_id for _, group_id in self.layers})
+            ],
         )
 
 

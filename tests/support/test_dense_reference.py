@@ -15,6 +15,8 @@ from triattention_vllm.tools.tiny_model import write_tiny_model
 
 NUM_TOKENS = 300
 FAMILIES = ["qwen3", "llama3", "gptj", "gpt_neox"]
+HYBRIDS = {"gemma3": 1e-4, "gpt_oss": 1e-4, "qwen3_next": 1e-3, "smollm3": 1e-4}
+"""Family -> tolerance: norms and linear attention of transformers compute in float32 here."""
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,24 @@ def test_dropped_tokens_equal_an_explicit_mask_of_transformers(
     assert torch.allclose(actual, expected, rtol=0, atol=tolerance(family))
     undropped = DenseReference(folders[family]).logprobs(tokens)
     assert (actual[200:] - undropped[200:]).abs().max() > 0.1, "eviction must be visible"
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_layers_of_several_kinds_equal_transformers_and_chunks_the_whole(
+    family: str, tmp_path: Path
+) -> None:
+    folder, tokens = write_model(tmp_path / family, family), random_tokens()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = model.eval()(tokens[None]).logits[0].double().log_softmax(-1)
+    reference = DenseReference(folder)
+    actual = reference.logprobs(tokens)
+    assert torch.allclose(actual, expected, rtol=0, atol=HYBRIDS[family])
+    run = reference.start()
+    chunks = torch.cat([run.extend(chunk) for chunk in tokens.split(37)])
+    assert torch.allclose(chunks, actual, rtol=0, atol=1e-9)
 
 
 def test_chunks_equal_the_whole_sequence(folders: dict[str, Path]) -> None:

@@ -75,6 +75,82 @@ def gpt_neox_config() -> PretrainedConfig:
     )
 
 
+COMMON = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 8192,
+    "bos_token_id": None,
+    "eos_token_id": 258,
+    "tie_word_embeddings": False,
+}
+
+
+def gemma3_config() -> PretrainedConfig:
+    """Windows of 64 tokens, and twice as many full layers: these fill two KV-cache groups."""
+    layer_types = ["sliding_attention", "full_attention", "full_attention"] * 2
+    return transformers.Gemma3TextConfig(
+        **{**COMMON, "tie_word_embeddings": True},
+        num_hidden_layers=6,
+        sliding_window=64,
+        layer_types=layer_types,
+        query_pre_attn_scalar=32,
+    )
+
+
+def gpt_oss_config() -> PretrainedConfig:
+    """Windows in every other layer, learned sinks, YaRN, experts."""
+    return transformers.GptOssConfig(
+        **COMMON,
+        num_hidden_layers=4,
+        sliding_window=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 1024,
+        },
+    )
+
+
+def smollm3_config() -> PretrainedConfig:
+    """Two layers that rotate, then one that does not, then one that does."""
+    return transformers.SmolLM3Config(
+        **COMMON,
+        num_hidden_layers=4,
+        no_rope_layers=[1, 1, 0, 1],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        pad_token_id=257,
+    )
+
+
+def qwen3_next_config() -> PretrainedConfig:
+    """Linear attention and gated full attention, a quarter of the head rotated, experts."""
+    return transformers.Qwen3NextConfig(
+        **COMMON,
+        num_hidden_layers=4,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        partial_rotary_factor=0.25,
+        linear_num_value_heads=2,
+        linear_num_key_heads=1,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    )
+
+
 def bloom_config() -> PretrainedConfig:
     """ALiBi: biases from token positions instead of a rotation."""
     return transformers.BloomConfig(
@@ -92,6 +168,10 @@ CONFIGS = {
     "gptj": gptj_config,
     "gpt_neox": gpt_neox_config,
     "bloom": bloom_config,
+    "gemma3": gemma3_config,
+    "gpt_oss": gpt_oss_config,
+    "smollm3": smollm3_config,
+    "qwen3_next": qwen3_next_config,
 }
 
 
@@ -104,7 +184,7 @@ def write_model(folder: str | Path, family: str, *, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.copy_(noise * _gain(name) / parameter.shape[1] ** 0.5)
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * noise)
@@ -114,7 +194,8 @@ def write_model(folder: str | Path, family: str, *, seed: int = 0) -> Path:
             config.vocab_size, config.hidden_size, generator
         )
         model.get_input_embeddings().weight.copy_(embedding)
-        model.get_output_embeddings().weight.copy_(lm_head)
+        if not config.tie_word_embeddings:
+            model.get_output_embeddings().weight.copy_(lm_head)
     model.save_pretrained(folder)
     write_tokenizer(folder, config.vocab_size)
     return folder

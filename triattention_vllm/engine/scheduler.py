@@ -77,6 +77,7 @@ class CompressionScheduler(Scheduler):
         self.capacity = group_capacity(self)
         for manager in self.compressed_managers:
             manager.requests = self.requests
+            manager.managers = self.kv_cache_manager.coordinator.single_type_managers
         self.pressure = pool_pressure(self)
         metrics = metrics_file(self.vllm_config, STEP_METRICS) if self.log_stats else None
         self.step_counts: StepCounts | None = None

@@ -2,7 +2,7 @@
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.spec import compressed_spec
@@ -17,21 +17,40 @@ def startup_line(
     """Budget, statistics source, blocks per request, and requests that fit with and without.
 
     "Fit" counts decoding requests of ``max_model_len`` tokens in the pool (one block is vLLM's
-    null block): each holds budget + interval tokens at most. While a prompt is prefilled its
-    in-flight chunk comes on top.
+    null block): each holds budget + interval tokens at most in every compressed KV-cache group,
+    and in every other group what vLLM reckons with. While a prompt is prefilled its in-flight
+    chunk comes on top.
     """
-    spec = next(filter(None, map(compressed_spec, kv_cache_config.kv_cache_groups)))
     max_len = vllm_config.model_config.max_model_len
-    full = cdiv(max_len, spec.block_size)
-    decode_tokens = spec.policy.max_cached_tokens(1)
-    decode = full if decode_tokens is None else min(full, cdiv(decode_tokens, spec.block_size))
-    prefill = min(full, spec.max_blocks_per_request(spec.policy) or full)
+    full = decode = prefill = 0
+    num_groups, sizes = 0, set[int]()
+    for group in kv_cache_config.kv_cache_groups:
+        spec = compressed_spec(group)
+        if spec is None:
+            other = _blocks_without_compression(group.kv_cache_spec, vllm_config)
+            full, decode, prefill = full + other, decode + other, prefill + other
+            continue
+        num_groups, sizes = num_groups + 1, sizes | {spec.block_size}
+        whole = cdiv(max_len, spec.block_size)
+        decode_tokens = spec.policy.max_cached_tokens(1)
+        full += whole
+        decode += (
+            whole if decode_tokens is None else min(whole, cdiv(decode_tokens, spec.block_size))
+        )
+        prefill += min(whole, spec.max_blocks_per_request(spec.policy) or whole)
     usable = kv_cache_config.num_blocks - 1
+    groups = len(kv_cache_config.kv_cache_groups)
+    scope = "" if groups == 1 else f" in {num_groups} of {groups} KV cache groups"
     return (
-        f"KV compression is on: {settings.method}, budget {settings.budget} tokens, "
+        f"KV compression is on{scope}: {settings.method}, budget {settings.budget} tokens, "
         f"a round every {settings.interval}, selection {settings.selection}, protecting "
         f"{settings.protect}; statistics: {statistics}. A request holds at most {decode} blocks "
-        f"of {spec.block_size} tokens while decoding ({prefill} while prefilling) instead of "
-        f"{full}; the pool of {usable} blocks holds {usable // decode} requests of "
-        f"{max_len} tokens, {usable // full} without compression."
+        f"of {', '.join(map(str, sorted(sizes)))} tokens while decoding ({prefill} while "
+        f"prefilling) instead of {full}; the pool of {usable} blocks holds {usable // decode} "
+        f"requests of {max_len} tokens, {usable // full} without compression."
     )
+
+
+def _blocks_without_compression(spec: KVCacheSpec, vllm_config: VllmConfig) -> int:
+    """Most blocks that one request holds in a group that is not compressed."""
+    return cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes)

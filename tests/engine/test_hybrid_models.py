@@ -1,0 +1,97 @@
+"""Models with layers of several kinds: full-attention layers are compressed, others left alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from dense_reference import DenseReference
+from dense_replay import Replay, replay, steps_of
+from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
+
+from triattention_vllm.config import Settings
+from triattention_vllm.method.statistics import Statistics
+
+SMALL = {"budget": 128, "interval": 32, "window": 16}
+
+
+def replayed(
+    run: EngineRun, request: RequestRun, dense: DenseReference, tolerance: float = 1e-4
+) -> Replay:
+    assert run.statistics is not None
+    computed = request.token_ids[:-1]
+    return replay(
+        dense,
+        computed,
+        num_prompt=request.num_prompt,
+        policy=Settings(**SMALL).policy(run.block_size),
+        statistics=Statistics.load(run.statistics.split("kept in ")[-1]),
+        steps=steps_of(request.starts, len(computed)),
+        kept_log=request.kept,
+        groups=run.groups,
+        tolerance=tolerance,
+    )
+
+
+def largest_error(request: RequestRun, logprobs: torch.Tensor, end: int | None = None) -> float:
+    return max(
+        abs(float(logprobs[request.num_prompt - 1 + i, token]) - value)
+        for i, position in enumerate(request.logprobs[:end])
+        for token, value in position.items()
+    )
+
+
+def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Replay) -> None:
+    """Float32 rounding differs between families; rounds must add none."""
+    position = first_round(request)
+    before = largest_error(request, result.logprobs, end=position)
+    assert before < 1e-3
+    assert largest_error(request, result.logprobs) < 2 * max(before, 1e-5)
+
+
+def first_round(request: RequestRun) -> int:
+    """Answer tokens before the first round."""
+    return request.boundaries[0] - request.num_prompt
+
+
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [("gemma3", [[0, 2], [1, 3]]), ("gpt_oss", [[0, 1]]), ("smollm3", [[0, 1, 2, 3]])],
+)
+def test_full_attention_layers_are_compressed_and_the_others_left_alone(
+    family: str,
+    groups: list[list[int]],
+    model_folder: ModelFolder,
+    reference: Callable[[Path], DenseReference],
+    text: str,
+) -> None:
+    """Regression: sliding-window groups were compacted through their null blocks. The requests are
+    sent twice; the second time the prompts come from the prefix cache of both kinds of layers."""
+    run = hybrid_run(model_folder(family), text)
+    assert run.groups == groups
+    dense = reference(model_folder(family))
+    for request in run.requests:
+        result = replayed(run, request, dense)
+        assert len(result.rounds) >= 3
+        assert_no_worse_than_before_the_first_round(request, result)
+    assert run.longest_hashed == run.requests[0].boundaries[0]
+    full = dense.logprobs(run.requests[0].token_ids[:-1])
+    assert largest_error(run.requests[0], full) > 0.1, "eviction changed nothing"
+    assert_pool_is_as_at_the_start(run)
+
+
+def hybrid_run(folder: Path, text: str, **engine: str) -> EngineRun:
+    return run_engine(
+        folder,
+        [random_prompt(n, n) for n in (50, 90)],
+        [190, 150],
+        {**SMALL, "calibration_text": text},
+        max_model_len=1024,
+        repeat=2,
+        **engine,
+    )
+
+
+def assert_pool_is_as_at_the_start(run: EngineRun) -> None:
+    assert run.num_free == run.num_blocks - 1
+    assert set(run.ref_counts) == {0}
