@@ -31,10 +31,6 @@ BAD: list[tuple[object, str]] = [
     ("kv_budget", "vllm_xargs"),
     ([512], "vllm_xargs"),
 ]
-TOO_LONG = [
-    ({"kv_compression": "off"}, 3000, "allowed here are 2032"),
-    ({"kv_compression": "off"}, None, "allowed here are 2032"),
-]
 
 
 def post(server: Server, path: str, **body: Any) -> tuple[int, str]:
@@ -75,10 +71,14 @@ def test_bad_values_are_answered_with_400_and_the_reason(server: Server, stream:
         for way in (ask, ask_chat):
             status, answer = way(server, xargs, 4, stream=stream)
             assert (status, reason in answer) == (400, True), f"{xargs}: {status} {answer}"
-    for xargs, max_tokens, reason in TOO_LONG:
-        for way in (ask, ask_chat):
-            status, answer = way(server, xargs, max_tokens, stream=stream)
-            assert (status, reason in answer) == (400, True), f"{xargs}: {status} {answer}"
+    off = {"kv_compression": "off"}
+    # A chat without max_tokens may be as long as the model allows.
+    for status, answer in (
+        ask(server, off, 3000, stream=stream),
+        ask_chat(server, off, 3000, stream=stream),
+        ask_chat(server, off, None, stream=stream),
+    ):
+        assert (status, "allowed here are 2032" in answer) == (400, True), answer
     status, answer = ask(server, None, 4)
     assert status == 200
     assert json.loads(answer)["usage"]["completion_tokens"] == 4

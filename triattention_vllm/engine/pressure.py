@@ -14,6 +14,11 @@ from vllm.v1.request import Request
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
 from triattention_vllm.method.pressure import Pressure
 
+LOOK_AHEAD = 2
+"""Tokens behind the committed ones that a running request is taken to need. Asynchronous
+scheduling takes the second before it hears of the first; counted always, pressure is noticed at
+the same committed tokens, and so at the same nominal boundaries."""
+
 
 class PoolPressure:
     """Whether rounds run, from one step to the next, and in which order they relieve the pool.
@@ -51,10 +56,9 @@ class PoolPressure:
         for request in sorted(running, key=self._num_cached, reverse=True):
             if not self.is_on:
                 return
-            num_committed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
             for manager in self.managers:
                 manager.start_due_round(
-                    request.request_id, num_committed, request.num_prompt_tokens
+                    request.request_id, num_committed(request), request.num_prompt_tokens
                 )
             self.is_on = self._is_on(taken)
 
@@ -67,7 +71,7 @@ class PoolPressure:
     def _most_taken(self, num_running: int) -> int:
         """Blocks that a step of ``num_running`` requests can take, without looking at them."""
         block_size = self.managers[0].block_size
-        per_request = 1 + cdiv(self.num_lookahead_tokens, block_size)
+        per_request = 1 + cdiv(LOOK_AHEAD + self.num_lookahead_tokens, block_size)
         in_one_group = cdiv(self.max_new_tokens, block_size) + num_running * per_request
         return self.num_groups * in_one_group
 
@@ -76,6 +80,7 @@ class PoolPressure:
         manager = self.managers[0]
         known = request.num_tokens_with_spec + request.num_output_placeholders
         end = min(known, request.num_computed_tokens + self.max_new_tokens)
+        end = max(end, num_committed(request) + LOOK_AHEAD)
         num_blocks = cdiv(end + self.num_lookahead_tokens, manager.block_size)
         return max(0, num_blocks - len(manager.req_to_blocks[request.request_id]))
 
@@ -83,3 +88,8 @@ class PoolPressure:
         manager = self.managers[0]
         num_null = manager.num_null_blocks.get(request.request_id, 0)
         return int(request.num_computed_tokens) - num_null * manager.block_size
+
+
+def num_committed(request: Request) -> int:
+    """Tokens that the request has computed, without those of steps in flight."""
+    return max(0, int(request.num_computed_tokens) - int(request.num_in_flight_tokens))
