@@ -10,6 +10,7 @@ import itertools
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 
 from triattention_vllm.engine.versions import line_of_behaviour, vllm_version
@@ -30,6 +31,15 @@ def is_block_writable(pool: BlockPool, block: KVCacheBlock) -> bool:
     if LINE < (0, 29):
         return not block.is_null and block.ref_cnt == 1 and block.block_hash is None
     return bool(pool.is_block_writable(block))
+
+
+def bound_admission(manager: FullAttentionManager, max_blocks: int | None) -> None:
+    """Let ``manager`` count at most ``max_blocks`` for the request that it is asked about next;
+    None leaves it unbounded. The attribute is private through 0.30."""
+    if LINE < (0, 31):
+        manager._max_admission_blocks_per_request = max_blocks
+    else:
+        manager.max_admission_blocks_per_request = max_blocks
 
 
 def cpu_packing(layer: Attention) -> str:

@@ -18,7 +18,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 )
 from vllm.v1.request import Request
 
-from triattention_vllm.engine.differences import is_block_writable
+from triattention_vllm.engine.differences import bound_admission, is_block_writable
 from triattention_vllm.errors import RoundError
 from triattention_vllm.log import log_once
 from triattention_vllm.method.policy import Policy, Round
@@ -133,7 +133,7 @@ class CompressedKVCacheManager(FullAttentionManager):
         """vLLM's count, where a request is admitted by the bound of its own budget. What else
         vLLM passes differs by version, and is passed on."""
         policy = self.policy_of(request_id)
-        self.max_admission_blocks_per_request = self.kv_cache_spec.max_blocks_per_request(policy)
+        bound_admission(self, self.kv_cache_spec.max_blocks_per_request(policy))
         return int(super().get_num_blocks_to_allocate(request_id, *args, **kwargs))
 
     def remove_skipped_blocks(
