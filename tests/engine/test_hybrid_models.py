@@ -13,6 +13,7 @@ from triattention_vllm.config import Settings
 from triattention_vllm.method.statistics import Statistics
 
 SMALL = {"budget": 128, "interval": 32, "window": 16}
+LONG_PROMPT = 230
 
 
 def replayed(
@@ -43,15 +44,10 @@ def largest_error(request: RequestRun, logprobs: torch.Tensor, end: int | None =
 
 def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Replay) -> None:
     """Float32 rounding differs between families; rounds must add none."""
-    position = first_round(request)
-    before = largest_error(request, result.logprobs, end=position)
+    first_round = request.boundaries[0] - request.num_prompt
+    before = largest_error(request, result.logprobs, end=first_round)
     assert before < 1e-3
     assert largest_error(request, result.logprobs) < 2 * max(before, 1e-5)
-
-
-def first_round(request: RequestRun) -> int:
-    """Answer tokens before the first round."""
-    return request.boundaries[0] - request.num_prompt
 
 
 @pytest.mark.parametrize(
@@ -73,8 +69,11 @@ def test_full_attention_layers_are_compressed_and_the_others_left_alone(
     for request in run.requests:
         result = replayed(run, request, dense)
         assert len(result.rounds) >= 3
-        assert_no_worse_than_before_the_first_round(request, result)
-    assert run.longest_hashed == run.requests[0].boundaries[0]
+        if request.num_prompt < LONG_PROMPT:
+            assert_no_worse_than_before_the_first_round(request, result)
+        assert largest_error(request, result.logprobs) < 5e-4
+    # vLLM hashes windowed layers where a prompt ends, which for the long one lies behind rounds.
+    assert 160 <= run.longest_hashed < LONG_PROMPT // run.block_size * run.block_size
     full = dense.logprobs(run.requests[0].token_ids[:-1])
     assert largest_error(run.requests[0], full) > 0.1, "eviction changed nothing"
     assert_pool_is_as_at_the_start(run)
@@ -83,10 +82,11 @@ def test_full_attention_layers_are_compressed_and_the_others_left_alone(
 def hybrid_run(folder: Path, text: str, **engine: str) -> EngineRun:
     return run_engine(
         folder,
-        [random_prompt(n, n) for n in (50, 90)],
-        [190, 150],
+        [random_prompt(n, n) for n in (50, 90, LONG_PROMPT)],
+        [190, 150, 80],
         {**SMALL, "calibration_text": text},
         max_model_len=1024,
+        max_num_batched_tokens=64,
         repeat=2,
         **engine,
     )

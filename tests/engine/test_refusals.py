@@ -84,10 +84,7 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
         "'ngram_gpu' has not been verified",
     ),
     "parallel drafting": (with_ngram(parallel_drafting=True), "parallel drafting"),
-    "MTP with rows of its own": (
-        with_ngram(method="mtp", use_gemma4_mtp=lambda: True),
-        "MTP reads the caches of several layer groups",
-    ),
+    "MTP": (with_ngram(method="mtp"), "'mtp' has not been verified"),
     "int4 KV": (
         with_cache(cache_dtype="int4_per_token_head"),
         "'int4_per_token_head' cannot be read",

@@ -7,7 +7,6 @@ is given, the replay checks that it is a best choice up to rounding, and goes on
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -79,10 +78,14 @@ def engine_steps(
 
 
 def steps_of(starts: Sequence[int], num_computed: int) -> list[Step]:
-    """The steps that computed tokens began at ``starts``, each decided at what it found."""
-    return [
-        Step(start, end, start) for start, end in pairwise([*sorted({0, *starts}), num_computed])
+    """The steps that computed tokens began at ``starts``, each decided at what it found: nothing
+    in the first one, which begins behind a prefix hit without a round."""
+    ends = [*starts[1:], num_computed]
+    steps = [
+        Step(start, end, start if i else 0)
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
     ]
+    return [Step(0, starts[0], 0), *steps] if starts[0] else steps
 
 
 def replay(

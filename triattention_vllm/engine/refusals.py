@@ -90,8 +90,6 @@ def _speculation_refusals(config: SpeculativeConfig | None) -> Iterator[str]:
             f"speculative method {config.method!r} has not been verified with compression; "
             f"allowed: {SPECULATIVE_METHODS}"
         )
-    elif config.use_gemma4_mtp() or config.use_step3p5_mtp():
-        yield "this model's MTP reads the caches of several layer groups by itself"
     elif config.parallel_drafting:
         yield "parallel drafting has not been verified with compression; turn it off"
 
