@@ -142,7 +142,7 @@ LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     "KV sharing": ({"kv_sharing_target_layer_name": "layers.3.attn"}, "cache of layers.3.attn"),
     "values of another size": ({"head_size_v": 64}, "keys have 32 dimensions and values 64"),
     "ALiBi": ({"impl": SimpleNamespace(alibi_slopes=[0.5])}, "ALiBi computes biases"),
-    "quantised KV": ({"kv_cache_dtype": "nvfp4"}, "quantised \\(nvfp4\\)"),
+    "quantised KV": ({"kv_cache_dtype": "nvfp4"}, "stored as nvfp4, which cannot be read"),
 }
 
 
