@@ -14,6 +14,7 @@ import vllm.platforms
 assert vllm.platforms.current_platform.is_cpu()
 vllm.platforms.vllm_version_matches_substr = lambda _: False
 
+from table_arguments import kernel_block_sizes  # noqa: E402
 from vllm.v1.worker.gpu import buffer_utils  # noqa: E402
 from vllm.v1.worker.gpu.block_table import BlockTables  # noqa: E402
 
@@ -47,6 +48,7 @@ def rows_after_rounds(num_groups: int) -> dict[str, Any]:
         max_num_batched_tokens=8,
         max_num_blocks_per_group=[8] * num_groups,
         device=torch.device("cpu"),
+        **kernel_block_sizes([4] * num_groups),
     )
     for index, first in ((0, 11), (1, 51), (2, 91)):
         tables.append_block_ids(index, ([*range(first, first + 5)],) * num_groups, overwrite=True)
