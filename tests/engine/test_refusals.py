@@ -61,6 +61,7 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
     "encoder-decoder": (with_model(is_encoder_decoder=True), "cross-attention"),
     "pooling": (with_model(runner_type="pooling"), "only generation"),
     "prefix LM": (with_model(is_mm_prefix_lm=True), "both directions"),
+    "R-SWA": (with_model(rswa_window=128), "keep the prompt by token position"),
     "decode context parallel": (
         with_parallel(decode_context_parallel_size=2),
         "context parallelism",

@@ -59,6 +59,8 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield "the model is an encoder-decoder and cross-attention is not compressed"
     if model.is_mm_prefix_lm:
         yield "the model attends in both directions inside images, by token position"
+    if model.rswa_window is not None:
+        yield "the model's sliding windows (R-SWA) keep the prompt by token position"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism splits a request's tokens over ranks; set its size to 1"
     if vllm_config.kv_transfer_config is not None:
