@@ -12,6 +12,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 from vllm import LLM, SamplingParams
+from vllm.model_executor.layers.attention import Attention
 
 from triattention_vllm.engine.attention import override_backends
 from triattention_vllm.engine.calibration import calibrate
@@ -34,7 +35,12 @@ def main(model_folder: str, text_file: str, output: str, engine_arguments: str) 
     )
     core = engine.llm_engine.engine_core.engine_core
     worker = core.model_executor.driver_worker.worker
-    names = list(worker.vllm_config.compilation_config.static_forward_context)
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    names = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, Attention) and layer.sliding_window is None
+    ]
     model = worker.get_model()
     rotary = read_rotary(model, names)
     fingerprint = model_fingerprint(worker.vllm_config, model, names, rotary)
@@ -49,10 +55,9 @@ def main(model_folder: str, text_file: str, output: str, engine_arguments: str) 
         Path(text_file).read_text(encoding="utf-8"),
         "test text",
     )
-    context = worker.vllm_config.compilation_config.static_forward_context
     assert greedy_answer(engine) == before, "calibration left something behind"
     assert not any("calibration" in name for name in worker.model_runner.requests)
-    assert all(context[name].impl.query_observer is None for name in names)
+    assert all(layers[name].impl.query_observer is None for name in names)
     statistics.save(output)
 
 

@@ -27,8 +27,21 @@ QUERY_MODULES = {
     "llama3": "self_attn.q_proj",
     "gptj": "attn.q_proj",
     "gpt_neox": "attention.query_key_value",
+    "gemma3": "self_attn.q_norm",
+    "gpt_oss": "self_attn.q_proj",
+    "smollm3": "self_attn.q_proj",
+}
+FULL_ATTENTION_LAYERS = {
+    "qwen3": (0, 1),
+    "llama3": (0, 1, 2),
+    "gptj": (0, 1, 2),
+    "gpt_neox": (0, 1, 2),
+    "gemma3": (1, 2, 4, 5),
+    "gpt_oss": (1, 3),
+    "smollm3": (0, 1, 2, 3),
 }
 PARTLY_ROTATED = ("gptj", "gpt_neox")
+UNROTATED_LAYERS = {"smollm3": (2,)}
 
 # Largest difference of any mean, for queries of magnitude 2 to 3. In float32 only the rounding of
 # the model is left (1e-6 measured). bfloat16 has 8 bits, and the rounding of weights and of the
@@ -57,7 +70,7 @@ def calibrated(model: Path, folder: Path, **engine_arguments: object) -> Statist
 
 
 def transformers_queries(family: str, model: Path, num_heads: int, head_dim: int) -> np.ndarray:
-    """Queries before RoPE of all segments, float64 [layers, tokens, heads, head_dim]."""
+    """Queries before RoPE of all segments in every layer, float64 [layers, tokens, H, head_dim]."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokens = tokenizer.encode(TEXT)
     num_segments = math.ceil(len(tokens) / (MAX_MODEL_LEN - 1))
@@ -85,33 +98,34 @@ def transformers_queries(family: str, model: Path, num_heads: int, head_dim: int
 def expected_means(
     queries: np.ndarray, rotary_dim: int, interleaved: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``E[q_f]``, ``E|q_f|`` [layers, heads, F] and ``E[q_d]`` of the unrotated dims."""
+    """``E[q_f]``, ``E|q_f|`` [heads, F] and ``E[q_d]`` of the unrotated dims, of one layer."""
     num_frequencies = rotary_dim // 2
-    centre, magnitude = [], []
-    for frequency in range(num_frequencies):
-        if interleaved:
-            x, y = queries[..., 2 * frequency], queries[..., 2 * frequency + 1]
-        else:
-            x, y = queries[..., frequency], queries[..., frequency + num_frequencies]
-        centre.append(x.mean(axis=1) + 1j * y.mean(axis=1))
-        magnitude.append(np.sqrt(x * x + y * y).mean(axis=1))
-    unrotated = queries[..., rotary_dim:].mean(axis=1)
-    return np.stack(centre, axis=-1), np.stack(magnitude, axis=-1), unrotated
+    if interleaved:
+        x, y = queries[..., :rotary_dim:2], queries[..., 1:rotary_dim:2]
+    else:
+        x, y = queries[..., :num_frequencies], queries[..., num_frequencies:rotary_dim]
+    centre = x.mean(axis=0) + 1j * y.mean(axis=0)
+    magnitude = np.sqrt(x * x + y * y).mean(axis=0)
+    return centre, magnitude, queries[..., rotary_dim:].mean(axis=0)
 
 
 def largest_differences(family: str, model: Path, made: Statistics) -> dict[str, float]:
     fingerprint = made.fingerprint
-    queries = transformers_queries(family, model, fingerprint.num_heads, fingerprint.head_dim)
-    assert queries.shape[1] == int(made.provenance["tokens_seen"])
-    rotary_dim = fingerprint.rotary_dims[0]
-    centre, magnitude, unrotated = expected_means(queries, rotary_dim, fingerprint.interleaved)
-    return {
-        "centre": float(np.abs(made.centre().numpy() - centre).max()),
-        "magnitude": float(np.abs(made.magnitude.numpy() - magnitude).max()),
-        "unrotated": float(
-            np.abs(made.unrotated_mean.numpy()[..., rotary_dim:] - unrotated).max(initial=0.0)
-        ),
-    }
+    every_layer = transformers_queries(family, model, fingerprint.num_heads, fingerprint.head_dim)
+    assert every_layer.shape[1] == int(made.provenance["tokens_seen"])
+    largest = dict.fromkeys(("centre", "magnitude", "unrotated"), 0.0)
+    for idx, layer in enumerate(fingerprint.layer_indices):
+        rotary_dim = fingerprint.rotary_dims[idx]
+        expected = expected_means(every_layer[layer], rotary_dim, fingerprint.interleaved)
+        found = (
+            made.centre().numpy()[idx, :, : rotary_dim // 2],
+            made.magnitude.numpy()[idx, :, : rotary_dim // 2],
+            made.unrotated_mean.numpy()[idx, :, rotary_dim:],
+        )
+        for name, left, right in zip(largest, found, expected, strict=True):
+            assert left.shape == right.shape
+            largest[name] = max(largest[name], float(np.abs(left - right).max(initial=0.0)))
+    return largest
 
 
 @pytest.mark.parametrize(
@@ -125,8 +139,11 @@ def test_calibration_equals_transformers_in_float64(
     made = calibrated(model, tmp_path, dtype=dtype)
     fingerprint = made.fingerprint
     assert fingerprint.interleaved == (family == "gptj")
-    partly = {dim < fingerprint.head_dim for dim in fingerprint.rotary_dims}
+    assert fingerprint.layer_indices == FULL_ATTENTION_LAYERS[family]
+    partly = {0 < dim < fingerprint.head_dim for dim in fingerprint.rotary_dims}
     assert partly == {family in PARTLY_ROTATED}
+    unrotated = tuple(idx for idx, dim in enumerate(fingerprint.rotary_dims) if dim == 0)
+    assert unrotated == UNROTATED_LAYERS.get(family, ())
     differences = largest_differences(family, model, made)
     assert max(differences.values()) < TOLERANCE[dtype], differences
     assert 0.3 < float(made.concentration().mean()) < 1.0
