@@ -29,7 +29,7 @@ def test_a_live_run_is_recorded_and_drawn(
     assert (output / "garage.html").stat().st_size > 10000
     assert (output / "garage.png").read_bytes().startswith(b"\x89PNG")
     svg = tmp_path / "picture.svg"
-    assert main(["trace", str(output / "rounds.jsonl"), "--svg", str(svg)]) == 0
+    assert main(["trace", str(output / "rounds.jsonl"), "--plot", str(svg)]) == 0
     assert svg.is_file()
     assert main(["trace", str(output / "rounds.jsonl"), "--list"]) == 0
     assert recording.request in capsys.readouterr().out

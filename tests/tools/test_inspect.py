@@ -112,7 +112,7 @@ def test_tables_and_picture(
 ) -> None:
     png = tmp_path / "heads.png"
     arguments = ["inspect", str(three_kinds), "--rope-theta", str(THETA), "--heads", "1.0", "5.2"]
-    assert main([*arguments, "--png", str(png), "--compare", str(three_kinds)]) == 0
+    assert main([*arguments, "--plot", str(png), "--compare", str(three_kinds)]) == 0
     shown = capsys.readouterr().out
     assert "Heads by reach: 2 local, 2 range, 2 sinks." in shown
     assert "cosine of the centres 1.0000 on average" in shown
@@ -122,7 +122,7 @@ def test_tables_and_picture(
 def test_without_frequencies_the_file_is_still_shown(
     three_kinds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", str(three_kinds), "--png", str(tmp_path / "r.png")]) == 0
+    assert main(["inspect", str(three_kinds), "--plot", str(tmp_path / "r.png")]) == 0
     assert "add --model or --rope-theta" in capsys.readouterr().out
     assert (tmp_path / "r.png").stat().st_size > 1000
 
@@ -165,7 +165,7 @@ def make_files(tmp_path: Path) -> tuple[Path, Path]:
         ([__file__], "is not a whole safetensors file"),
         (["{file}", "--heads", "1.7"], "the file has no head 1.7"),
         (["{file}", "--rope-theta", "0.5"], "--rope-theta is 0.5; it must be above 1"),
-        (["{file}", "--png", "/no/such/folder/x.png"], "cannot be written"),
+        (["{file}", "--plot", "/no/such/folder/x.png"], "cannot be written"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(

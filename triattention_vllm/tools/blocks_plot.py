@@ -2,8 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from triattention_vllm.tools.figure import drawn_to
 from triattention_vllm.tools.load import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _COLOURS = ("#D55E00", "#0072B2")
 _GREY = "#666666"
@@ -13,11 +18,14 @@ def plot_blocks(timelines: Sequence[Timeline], path: Path, *, title: str) -> lis
     """Write ``path`` as PNG and SVG: blocks held above, requests running below, both over time;
     the size of the pool as a wall, preemptions as crosses. Returns the files.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    files = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    for file in files:
+        with drawn_to(file, 9, 5.5) as figure:
+            _draw(figure, timelines, title)
+    return files
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+
+def _draw(figure: "Figure", timelines: Sequence[Timeline], title: str) -> None:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     wall = timelines[0].num_blocks
     above.axhline(wall, color=_GREY, linestyle="--", linewidth=1)
@@ -59,7 +67,3 @@ def plot_blocks(timelines: Sequence[Timeline], path: Path, *, title: str) -> lis
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
-    files = [path.with_suffix(".png"), path.with_suffix(".svg")]
-    for file in files:
-        figure.savefig(file, dpi=150)
-    return files

@@ -12,8 +12,12 @@ from triattention_vllm.method.statistics import Statistics, import_published
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this subcommand."""
     parser.add_argument("--model", help="model name or folder, as for `vllm serve`")
-    parser.add_argument("--output", required=True, type=Path, help="statistics file to write")
-    parser.add_argument("--text", type=Path, help="UTF-8 text to read instead of the shipped one")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="statistics file to write"
+    )
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text to read instead of the shipped one"
+    )
     parser.add_argument(
         "--import",
         dest="published",

@@ -63,10 +63,18 @@ class Run:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The defaults take about two minutes on two CPU cores."""
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write")
-    parser.add_argument("--clients", type=int, default=4, help="answers streamed at once (4)")
-    parser.add_argument("--answer-tokens", type=int, default=1600, help="per answer (1600)")
-    parser.add_argument("--budget", type=int, default=384, help="tokens kept per request (384)")
+    parser.usage = "%(prog)s [options]"
+    add = parser.add_argument
+    add(
+        "--output",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="FOLDER",
+        help="folder to write (demo-output)",
+    )
+    add("--clients", type=int, default=4, metavar="N", help="answers streamed at once (4)")
+    add("--answer-tokens", type=int, default=1600, metavar="TOKENS", help="per answer (1600)")
+    add("--budget", type=int, default=384, metavar="TOKENS", help="kept per request (384)")
 
 
 def run(args: argparse.Namespace) -> int:

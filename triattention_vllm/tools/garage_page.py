@@ -4,16 +4,26 @@ import json
 from importlib import resources
 from pathlib import Path
 
+from triattention_vllm.errors import SettingsError
 from triattention_vllm.tools.recording import RequestRecording
 
 _PLACE = "/*RECORDING*/null"
 
 
 def write_page(recording: RequestRecording, path: Path) -> None:
-    """Write the page; the recording is inside, nothing is loaded from elsewhere."""
+    """Write the page; the recording is inside, nothing is loaded from elsewhere.
+
+    Raises SettingsError where ``path`` cannot be written.
+    """
     template = resources.files("triattention_vllm.tools").joinpath("garage.html")
     page = template.read_text(encoding="utf-8")
-    path.write_text(page.replace(_PLACE, _script_json(recording)), encoding="utf-8")
+    try:
+        path.write_text(page.replace(_PLACE, _script_json(recording)), encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be written ({error.strerror}); give a file in a folder that exists and "
+            "that you may write to."
+        ) from error
 
 
 def _script_json(recording: RequestRecording) -> str:

@@ -6,11 +6,10 @@ from typing import Any
 import matplotlib
 import numpy
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from triattention_vllm.tools.figure import drawn_to
 from triattention_vllm.tools.recording import RequestRecording
 
 _FULL, _HELD, _FREED = "#d55e00", "#0072b2", "#009e73"
@@ -24,10 +23,8 @@ _KINDS = {
 
 
 def plot_garage(recording: RequestRecording, path: Path) -> None:
-    """Write ``path``, a PNG, SVG or PDF by its ending."""
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(9, 9.5), layout="constrained")
-        FigureCanvasAgg(figure)
+    """Write the picture. Raises SettingsError where ``path`` cannot be written."""
+    with matplotlib.rc_context({"font.size": 9}), drawn_to(path, 9, 9.5) as figure:
         heights = (3, 1, 4, 1.3, 1.3)
         held, freed, survivors, before, after = figure.subplots(5, 1, height_ratios=heights)
         _plot_held(held, recording)
@@ -46,7 +43,6 @@ def plot_garage(recording: RequestRecording, path: Path) -> None:
         for axes in (held, freed, survivors):
             axes.set_xlim(0, recording.num_tokens)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=140)
 
 
 def _plot_held(axes: Axes, recording: RequestRecording) -> None:

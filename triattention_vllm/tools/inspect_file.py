@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--rope-theta", type=float, metavar="BASE", help="base of a plain RoPE")
     add("--heads", type=_head, nargs="+", metavar="L.H", help="heads to show (one of each kind)")
     add("--json", action="store_true", help="print JSON")
-    add("--png", type=Path, metavar="FILE", help="picture: R by layer and head, curves of heads")
+    add("--plot", type=Path, metavar="FILE", help="write a picture (.png, .svg, .pdf)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(summary, indent=1))
     else:
         _show(summary, args)
-    if args.png is not None:
+    if args.plot is not None:
         from triattention_vllm.tools.inspect_plot import plot_statistics
 
-        plot_statistics(statistics, frequencies, reaches, chosen, args.png)
+        plot_statistics(statistics, frequencies, reaches, chosen, args.plot)
         if not args.json:
-            print(f"wrote {args.png}")
+            print(f"wrote {args.plot}")
     return 0
 
 

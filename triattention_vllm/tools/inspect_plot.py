@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triattention_vllm.errors import StatisticsError
 from triattention_vllm.method.statistics import Statistics
+from triattention_vllm.tools.figure import drawn_to
 from triattention_vllm.tools.head_kinds import LOCAL_REACH, SINKS_REACH, kinds, preference
 
 _LONGEST = 1 << 16
@@ -24,34 +24,23 @@ def plot_statistics(
     """Write ``path``: R as a heatmap [layers, heads]; beside it, where the frequencies are known,
     what a matching key keeps of its score at a distance, for each of ``heads`` (layer, head).
 
-    Raises StatisticsError where the file cannot be written.
+    Raises SettingsError where the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     model = statistics.fingerprint
     has_curves = frequencies is not None and reaches is not None
-    figure = Figure(figsize=(11 if has_curves else 6, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, *right = figure.subplots(1, 2 if has_curves else 1, squeeze=False)[0]
-    values = statistics.concentration().mean(-1)
-    shown = left.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
-    step = max(1, model.num_layers // 12)
-    rows = range(0, model.num_layers, step)
-    left.set_yticks(rows, [str(model.layer_indices[row]) for row in rows])
-    left.set_xlabel("query head")
-    left.set_ylabel("layer")
-    left.set_title("concentration R", loc="left")
-    figure.colorbar(shown, ax=left)
-    if frequencies is not None and reaches is not None:
-        _plot_curves(right[0], statistics, frequencies, reaches, heads)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise StatisticsError(
-            f"--png {path} cannot be written ({error}); give a .png, .svg or .pdf file in a "
-            "folder that exists"
-        ) from error
+    with drawn_to(path, 11 if has_curves else 6, 5) as figure:
+        left, *right = figure.subplots(1, 2 if has_curves else 1, squeeze=False)[0]
+        values = statistics.concentration().mean(-1)
+        shown = left.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        step = max(1, model.num_layers // 12)
+        rows = range(0, model.num_layers, step)
+        left.set_yticks(rows, [str(model.layer_indices[row]) for row in rows])
+        left.set_xlabel("query head")
+        left.set_ylabel("layer")
+        left.set_title("concentration R", loc="left")
+        figure.colorbar(shown, ax=left)
+        if frequencies is not None and reaches is not None:
+            _plot_curves(right[0], statistics, frequencies, reaches, heads)
 
 
 def _plot_curves(

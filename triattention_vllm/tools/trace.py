@@ -30,16 +30,25 @@ _EXAMPLE_ARGUMENTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Without a recording one is made, which takes about a minute on two CPU cores."""
+    parser.usage = "%(prog)s [RECORDING] [options]"
     add = parser.add_argument
     add("recording", type=Path, nargs="?", metavar="RECORDING", help="file that `trace` wrote")
     add("--request", metavar="ID", help="request to draw (the one with the most rounds)")
     add("--list", action="store_true", help="list the requests of the recording and stop")
     add("--html", type=Path, metavar="FILE", help="page (garage.html beside the recording)")
-    add("--png", type=Path, metavar="FILE", help="picture (garage.png beside the recording)")
-    add("--svg", type=Path, metavar="FILE", help="picture as SVG (none)")
-    add("--output", type=Path, default=Path("trace-output"), help="folder of a new recording")
-    add("--budget", type=int, default=384, help="budget of a new recording (384)")
-    add("--answer-tokens", type=int, default=3000, help="answer of a new recording (3000)")
+    add(
+        "--plot",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="pictures, .png, .svg, .pdf (garage.png beside the recording)",
+    )
+    new = parser.add_argument_group("a new recording, where none is given").add_argument
+    new(
+        "--output", type=Path, default=Path("trace-output"), metavar="FOLDER", help="(trace-output)"
+    )
+    new("--budget", type=int, default=384, metavar="TOKENS", help="(384)")
+    new("--answer-tokens", type=int, default=3000, metavar="TOKENS", help="(3000)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     page = args.html or recorded.with_name("garage.html")
     write_page(recording, page)
-    pictures = [args.png or recorded.with_name("garage.png"), *([args.svg] if args.svg else [])]
+    pictures = args.plot or [recorded.with_name("garage.png")]
     for picture in pictures:
         plot_garage(recording, picture)
     full = -(-recording.num_tokens // recording.block_size)
