@@ -4,7 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool_world import PoolWorld
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -58,7 +58,7 @@ def run_traffic(world: PoolWorld, traffic: list[tuple[str, int, int, Asked]]) ->
 @pytest.mark.parametrize("prefix_caching", [True, False])
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("when", ["always", "pressure"])
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(traffic=operations, protect=st.sampled_from(["prompt", "sinks", 3]))
 def test_rows_blocks_and_tokens_stay_right_under_any_traffic(
     traffic: list[tuple[str, int, int, Asked]],

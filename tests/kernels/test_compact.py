@@ -164,7 +164,7 @@ def test_keeping_everything_changes_nothing(make_cache, make_batch):
     assert torch.equal(bits(cache.blocks), before)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_batch_of_rounds_moves_as_with_lists(data):
     num_requests = data.draw(st.integers(1, 3), "num_requests")

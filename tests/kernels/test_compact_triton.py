@@ -147,7 +147,7 @@ def test_hole_filling_moves_as_torch_does(make_cache, make_batch):
     assert_moves_as_torch(cache.kv, replace(batch, moves_forward=True), order)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_forward_batch_moves_as_with_lists(data):
     num_requests = data.draw(st.integers(1, 3), "num_requests")

@@ -113,7 +113,7 @@ VALUES = [-math.inf, -2.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, 1.0 + 2**-23, 3e38, ma
 ROW = st.lists(st.sampled_from(VALUES), min_size=9, max_size=9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rows=st.lists(ROW, min_size=1, max_size=3), num_kept=st.integers(1, 9))
 def test_any_ranking_values_are_chosen_from_as_by_a_list_sort(rows, num_kept):
     found = keep_sets(torch.tensor(rows), num_kept).tolist()

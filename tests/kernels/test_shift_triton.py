@@ -83,7 +83,7 @@ def test_long_rows_are_shifted_over_several_tiles():
     assert shifted(rows, seq_lens, 16) == oracle(rows, seq_lens, 16, 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_rows_are_shifted_as_with_lists(data):
     block_size = data.draw(st.integers(1, 4), "block_size")

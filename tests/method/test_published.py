@@ -190,7 +190,6 @@ def test_files_that_torch_did_not_write_are_refused(tmp_path: Path) -> None:
 
 @settings(
     max_examples=300,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(place=st.floats(0, 0.999), flipped_bits=st.integers(1, 255), share=st.floats(0.3, 1))

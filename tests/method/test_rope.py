@@ -51,7 +51,7 @@ def test_pairs_of_dims_follow_the_layout() -> None:
         assert dims_from_pairs(pairs_from_dims(dims, interleaved), interleaved).equal(dims)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     positions=st.lists(st.integers(0, 1_000_000), min_size=1, max_size=4),

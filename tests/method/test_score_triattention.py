@@ -109,7 +109,7 @@ def test_the_fold_is_the_mean_over_all_offsets() -> None:
             assert turns[row, f].item() == pytest.approx(mean, abs=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**31),
     boundary=st.integers(1, 1_000_000),

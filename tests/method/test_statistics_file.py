@@ -121,7 +121,6 @@ def test_a_published_pt_file_is_refused_with_the_way_to_convert_it(tmp_path: Pat
 
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(share=st.floats(0, 0.999))
@@ -134,7 +133,6 @@ def test_a_truncated_file_is_refused(saved: Path, share: float) -> None:
 
 @settings(
     max_examples=200,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(place=st.floats(0, 0.999), flipped_bits=st.integers(1, 255))

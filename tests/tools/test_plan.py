@@ -134,7 +134,7 @@ def test_fp8_keys_and_values_take_half(capsys: pytest.CaptureFixture[str]) -> No
     assert plan(capsys, *arguments)["kv_bytes_per_token"] == 2 * half  # type: ignore[operator]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(256, 3000),
     st.integers(1, 300),
