@@ -27,6 +27,9 @@ CONDITIONS: dict[str, Callable[[Any], bool]] = {
     "self.sliding_window or self.apply_rope_all_layers": lambda layer: bool(
         layer.sliding_window or layer.apply_rope_all_layers
     ),
+    "self.sliding_window_size or self.apply_rope_all_layers": lambda layer: bool(
+        layer.sliding_window_size or layer.apply_rope_all_layers
+    ),
     "self.is_local_attention and self.rotary_emb is not None": lambda layer: bool(
         layer.is_local_attention and layer.rotary_emb is not None
     ),
@@ -34,8 +37,9 @@ CONDITIONS: dict[str, Callable[[Any], bool]] = {
     "not (self.hpc_rope_norm is not None)": lambda layer: True,
     "self.use_fused_qk_norm_rope_gate": lambda layer: True,
 }
-"""Condition in the source -> does this layer rotate. The last two (HunYuan V3, Qwen3-Next) choose
-between a fused and a plain rotation."""
+"""Condition in the source -> does this layer rotate. The one with ``sliding_window_size`` is
+EXAONE-MoE's through vLLM 0.31. The last two (HunYuan V3, Qwen3-Next) choose between a fused and a
+plain rotation."""
 
 _CALLS = ("self.rotary_emb", "self.rotary_pos_emb", "apply_rotary_pos_emb")
 
