@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.cli import install
+from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS
 from triattention_vllm.engine.refusals import refuse_unsupported, refuse_unsupported_layers
 from triattention_vllm.engine.worker import CPU_WORKER, GPU_WORKER, compression_worker_class
 from triattention_vllm.errors import UnsupportedError
@@ -211,6 +212,25 @@ def test_a_missing_statistics_file_is_refused_before_it_serves(model_folder: Mod
     settings = {"budget": 512, "statistics": "/nowhere/statistics.safetensors"}
     with pytest.raises(EngineError, match="/nowhere/statistics.safetensors"):
         run_engine(model_folder("qwen3"), [random_prompt(4, 0)], 2, settings, max_model_len=2048)
+
+
+@pytest.mark.skipif(CPU_BUILD_VERIFIES_DRAFTS, reason="vLLM 0.30 alone fails at drafts on the CPU")
+def test_drafts_are_refused_where_vllm_itself_fails_at_them(
+    config: VllmConfig, model_folder: ModelFolder
+) -> None:
+    with pytest.raises(UnsupportedError, match="fails on the CPU at its first draft"):
+        refuse_unsupported(with_ngram()(config), Settings())
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    with pytest.raises(EngineError, match="Cannot inspect kernel parameters"):
+        run_engine(
+            model_folder("qwen3"),
+            [[1, 2, 3] * 10],
+            20,
+            None,
+            plugin=False,
+            max_model_len=1024,
+            speculative_config=ngram,
+        )
 
 
 @pytest.mark.feature("CUDA", "not yet run on a GPU")

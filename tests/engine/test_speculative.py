@@ -14,10 +14,14 @@ from draft_models import write_eagle_head, write_near_copy, write_other_heads
 from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
 
 from triattention_vllm.config import Settings
+from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS
 from triattention_vllm.method.policy import Round
 from triattention_vllm.method.statistics import Statistics
 from triattention_vllm.tools.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.skipif(
+    not CPU_BUILD_VERIFIES_DRAFTS, reason="vLLM 0.30 on the CPU fails at its first draft by itself"
+)
 SMALL = {"budget": 128, "interval": 32, "window": 16}
 FLOAT32_ERROR = 1e-4
 NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}

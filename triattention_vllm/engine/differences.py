@@ -22,6 +22,11 @@ BLOCKS_ARE_SPLIT_IN_GROUPS = LINE >= (0, 32)
 manager's blocks and each attention group maps them to kernel blocks (``AttentionGroup``); before,
 the runner's rows were in kernel blocks already."""
 
+CPU_BUILD_VERIFIES_DRAFTS = LINE != (0, 30)
+"""Whether speculative decoding runs on the CPU. 0.30's CPU build puts its own functions in place
+of the rejection sampler's Triton kernels by name, and the sampler calls those that it already
+holds: the first draft ends the engine, with compression or without."""
+
 
 def is_block_writable(pool: BlockPool, block: KVCacheBlock) -> bool:
     """Whether ``block`` has one owner and no prefix-cache hash, so that it may be refilled.

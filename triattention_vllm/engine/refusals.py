@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
 from triattention_vllm.config import Settings
+from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS
 from triattention_vllm.engine.drafts import SPECULATIVE_METHODS
 from triattention_vllm.engine.stored_kv import KV_DTYPES
 from triattention_vllm.errors import UnsupportedError
@@ -71,6 +72,8 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
     if parallel.use_ubatching:
         yield "micro-batching (DBO) splits a step that calibration reads in order; turn it off"
     on_cpu = vllm_config.device_config.device_type == "cpu"
+    if vllm_config.speculative_config is not None and on_cpu and not CPU_BUILD_VERIFIES_DRAFTS:
+        yield "vLLM 0.30 fails on the CPU at its first draft; use another release for drafts"
     if vllm_config.use_v2_model_runner and on_cpu:
         yield "model runner V2 does not run on the CPU; leave VLLM_USE_V2_MODEL_RUNNER unset"
     cache_dtype = vllm_config.cache_config.cache_dtype
