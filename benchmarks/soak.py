@@ -1,0 +1,223 @@
+"""A soak: mixed traffic and faults on a compressing server, whose engine checks every step.
+
+    python benchmarks/soak.py [--minutes 60] [--seed 0] [--output FILE]
+
+A tiny random model is served with a pool that is too small for the traffic, so that requests are
+preempted. Inside the engine ``soak_checks.py`` holds rows, references, bounds and the bytes of
+hashed blocks after each step; a broken law ends the server. Writes one JSON file: what was sent
+and lost, steps and rounds, and the trend of memory, descriptors and threads of every process.
+Ends with status 1 where anything was lost.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+from engine import HERE, Json, conditions
+from prometheus_client.parser import text_string_to_metric_families
+from soak_checks import ASYNC, FOLDER, plugin_folder
+from soak_processes import ProcessSampler
+from soak_traffic import Traffic, learn_references
+
+from triattention_vllm.tools.server import Server, serving
+from triattention_vllm.tools.tiny_model import write_tiny_model
+
+CLIENTS = (16, 24, 32, 48, 64)
+_SECONDS_TO_FINISH = 900.0
+"""Of one request, and of those that are under way when the time is over."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is served. The pool has 192 blocks of 32 tokens; 64 requests at budget + interval
+    would need 640."""
+
+    minutes: float
+    seed: int
+    asynchronous: bool = True
+    pool_bytes: int = 6 << 20
+    block_size: int = 32
+    budget: int = 256
+    interval: int = 64
+    window: int = 32
+    max_model_len: int = 8192
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 64
+
+    @property
+    def phase(self) -> float:
+        """Seconds until the number of clients changes; a reset of the prefix cache ends it."""
+        return min(60.0, self.minutes * 60 / 5)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of ``vllm serve``."""
+        return [
+            "--served-model-name=tiny",
+            "--dtype=float32",
+            "--enforce-eager",
+            f"--block-size={self.block_size}",
+            f"--kv-cache-memory-bytes={self.pool_bytes}",
+            f"--max-model-len={self.max_model_len}",
+            f"--max-num-batched-tokens={self.max_num_batched_tokens}",
+            f"--max-num-seqs={self.max_num_seqs}",
+            "--scheduling-policy=priority",
+            "--enable-prefix-caching",
+            "--shutdown-timeout=20",
+            "--disable-uvicorn-access-log",
+            # Asynchronous scheduling keeps two steps in flight with workers of their own only.
+            f"--distributed-executor-backend={'mp' if self.asynchronous else 'uni'}",
+            "--kv-compression=triattention",
+            f"--kv-compression-config.budget={self.budget}",
+            f"--kv-compression-config.interval={self.interval}",
+            f"--kv-compression-config.window={self.window}",
+        ]
+
+
+async def send(server: Server, size: Size, traffic: Traffic, sampler: ProcessSampler) -> Json:
+    """Traffic until the time is over, then whatever was under way is waited for."""
+    await learn_references(traffic)
+    sampling = asyncio.create_task(sampler.run(min(5.0, size.phase / 4)))
+    end = time.monotonic() + size.minutes * 60
+    num_clients, num_resets = 0, 0
+
+    async def client(idx: int) -> None:
+        while time.monotonic() < end:
+            if idx < num_clients:
+                await traffic.one()
+            else:
+                await asyncio.sleep(0.2)
+
+    clients = [asyncio.create_task(client(idx)) for idx in range(max(CLIENTS))]
+    try:
+        while time.monotonic() < end and server.process.poll() is None:
+            num_clients = traffic.rng.choice(CLIENTS)
+            await asyncio.sleep(min(size.phase, max(0.0, end - time.monotonic())))
+            # All running requests lose their blocks and begin again.
+            url = f"{server.root_url}/reset_prefix_cache?reset_running_requests=true"
+            async with traffic.session.post(url) as response:
+                num_resets += response.status == 200
+        await asyncio.wait_for(asyncio.gather(*clients), _SECONDS_TO_FINISH)
+    finally:
+        sampling.cancel()
+        with suppress(asyncio.CancelledError):
+            await sampling
+    return {"resets_of_the_prefix_cache": num_resets}
+
+
+async def soak(server: Server, size: Size) -> Json:
+    """The whole report of one server, without conditions."""
+    sampler = ProcessSampler(server.process.pid)
+    timeout = aiohttp.ClientTimeout(total=_SECONDS_TO_FINISH)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        traffic = Traffic(session, server.root_url, size.seed)
+        start = time.monotonic()
+        faults = await send(server, size, traffic, sampler)
+        seconds = time.monotonic() - start
+    return {
+        "seconds": seconds,
+        "requests": {
+            name: {
+                **tally.results,
+                "prompt_tokens": tally.prompt_tokens,
+                "completion_tokens": tally.completion_tokens,
+            }
+            for name, tally in sorted(traffic.tallies.items())
+        },
+        "totals": {
+            **{
+                result: sum(tally.results[result] for tally in traffic.tallies.values())
+                for result in ("served", "refused", "aborted", "lost")
+            },
+            "prompt_tokens": sum(t.prompt_tokens for t in traffic.tallies.values()),
+            "completion_tokens": sum(t.completion_tokens for t in traffic.tallies.values()),
+        },
+        "faults": faults,
+        "losses": traffic.losses[:50],
+        "metrics": own_metrics(server.metrics()),
+        # The first quarter is warm-up.
+        "processes": sampler.report(warm_up=seconds / 4),
+    }
+
+
+def own_metrics(text: str) -> Json:
+    """Counters of KV compression, and vLLM's own of preemptions and the prefix cache."""
+    wanted = ("vllm:num_preemptions", "vllm:prefix_cache_hits", "vllm:prefix_cache_queries")
+    return {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name.endswith(("_total", "cached_tokens", "logical_tokens"))
+        and (family.name.startswith("triattention:") or family.name in wanted)
+    }
+
+
+def wait_until_idle(folder: Path) -> Json:
+    """What the scheduler's checks say once no request is left. Raises TimeoutError."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found: Json = json.loads((folder / "scheduler.json").read_text())
+        if found["is_idle"]:
+            return found
+        time.sleep(0.2)
+    raise TimeoutError(f"the scheduler still has requests: {found}")
+
+
+def run(size: Size, output: Path) -> bool:
+    """Serve, send, write ``output``; returns whether nothing was lost."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_tiny_model(folder / "model", num_layers=2, hidden_size=128, head_dim=32)
+        environment = {
+            "TRIATTENTION_CACHE": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "PYTHONPATH": os.pathsep.join(
+                [str(plugin_folder(folder)), str(HERE), os.environ.get("PYTHONPATH", "")]
+            ),
+            FOLDER: str(folder),
+            ASYNC: str(int(size.asynchronous)),
+        }
+        log = output.with_suffix(".log")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with serving(model, size.arguments, log, environment=environment) as server:
+            described = {"arguments": size.arguments}
+            report: Json = {"conditions": conditions(size, described)}
+            report |= asyncio.run(soak(server, size))
+            report["checks"] = {
+                "scheduler": wait_until_idle(folder),
+                "worker": json.loads((folder / "worker.json").read_text()),
+            }
+        report["exit_code"] = server.stop()
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({name: report[name] for name in ("totals", "checks", "metrics")}, indent=1))
+    print(f"wrote {output}")
+    clean = not report["totals"]["lost"] and report["exit_code"] == 0
+    if clean:
+        log.unlink()
+    return clean
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    default = HERE / "results" / "soak_cpu.json"
+    parser.add_argument("--output", type=Path, default=default)
+    args = parser.parse_args()
+    sys.exit(0 if run(Size(args.minutes, args.seed), args.output) else 1)
+
+
+if __name__ == "__main__":
+    main()
