@@ -39,5 +39,9 @@ class RecordingError(TriAttentionError, ValueError):
     """A recording of rounds is missing, is none, or does not have what is asked of it."""
 
 
+class MetricsError(TriAttentionError, OSError):
+    """The files in which an engine counts cannot be made."""
+
+
 class RoundError(TriAttentionError, RuntimeError):
     """A round would break an invariant of the block rows; nothing has been written."""

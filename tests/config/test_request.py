@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from triattention_vllm.config import Settings
 from triattention_vllm.errors import RequestError
 from triattention_vllm.method.policy import Policy
-from triattention_vllm.request import Capacity, RequestSettings, without_own_keys
+from triattention_vllm.request import VLLM_KEYS, Capacity, RequestSettings, without_own_keys
 
 SETTINGS = Settings(budget=256, interval=64, window=32, protect=64)
 POOL = Capacity(num_blocks=127, block_size=32, max_model_len=8192, max_in_flight_tokens=512)
@@ -142,7 +142,8 @@ def test_what_is_accepted_has_rounds_that_keep_something_and_fits(
 
 
 @given(
-    key=st.sampled_from(["kv_budget", "kv_compression", "kv_other", "kv_transfer_params"]),
+    key=st.sampled_from(["kv_budget", "kv_compression", "kv_other", "kv_transfer_params"])
+    | st.text().map("kv_{}".format),
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("off"),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2),
@@ -159,4 +160,4 @@ def test_anything_a_client_sends_is_understood_or_refused(key: str, value: objec
         message = str(error)
     assert len(message) < 400
     understood = (type(value) is int and value >= 97) or value == "off"
-    assert bool(message) or understood or key == "kv_transfer_params"
+    assert bool(message) or understood or key in VLLM_KEYS

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import ModelFolder, random_prompt, run_engine
+from full_disk import full_disk
 from pool_world import PoolWorld
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,6 +25,7 @@ from triattention_vllm.engine.metrics_folder import FolderCollector
 from triattention_vllm.engine.periodic_log import PeriodicLog
 from triattention_vllm.engine.round_time import RoundTime
 from triattention_vllm.engine.step_counts import STEP_METRICS, StepCounts
+from triattention_vllm.errors import MetricsError
 from triattention_vllm.metrics import (
     CACHED_TOKENS_NOW,
     LABELS,
@@ -383,3 +385,13 @@ def test_a_requests_own_bucket_is_the_first_that_is_not_below(tmp_path: Path) ->
     samples: Mapping[str, float] = scraped(tmp_path)
     assert samples["request_max_cached_tokens_bucket<=2048.0"] == 1
     assert samples["request_max_cached_tokens_bucket<=3072.0"] == 2
+
+
+def test_a_full_disk_is_an_error_before_anything_counts(tmp_path: Path) -> None:
+    """A memory map of blocks that the disk cannot give would end the process without a word."""
+    with full_disk(4096), pytest.raises(MetricsError, match="make room there, set TMPDIR"):
+        MetricsFile(tmp_path, LABELLED, METRICS)
+    MetricsFile(tmp_path, LABELLED, METRICS).add(ROUNDS)
+    (counters,) = tmp_path.glob("counter_*.db")
+    assert counters.stat().st_blocks * 512 >= counters.stat().st_size > 0
+    assert scraped(tmp_path)["rounds_total"] == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 from pool_world import PoolWorld
 from triattention_kernels import RoundBatch, fill_holes
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -209,3 +210,19 @@ def test_a_recording_into_a_missing_folder_is_refused_at_start(tmp_path: Path) -
     settings = Settings(trace=str(tmp_path / "gone" / "rounds.jsonl"))
     with pytest.raises(SettingsError, match=r"whose folder does not exist"):
         settings.check_files()
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_engine(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    lines = Lines(path, 0)
+    lines.append("end", {"request": "first"})
+    with full_disk(path.stat().st_size):
+        lines.append("end", {"request": "second"})
+    lines.append("end", {"request": "third"})
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line)["request"] == "first"
+
+
+def test_a_recording_that_cannot_be_opened_is_an_error_at_start(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="name a file that this user may write"):
+        Lines(tmp_path / "absent" / "rounds.jsonl", 0)

@@ -2,12 +2,14 @@
 
 import json
 import os
+import pickle
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from triattention_vllm.errors import StatisticsError
 from triattention_vllm.method.statistics import Fingerprint, Statistics
+from triattention_vllm.method.statistics.file import content_hash
 
 MakeFingerprint = Callable[..., Fingerprint]
 MakeStatistics = Callable[..., Statistics]
@@ -27,12 +30,18 @@ def metadata_of(path: Path) -> dict[str, str]:
         return metadata
 
 
+def write_again(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A file as somebody else's program may write it: whole, but not what ``save`` writes."""
+    save_file(tensors, path, metadata | {"content_hash": content_hash(tensors, metadata)})
+
+
 def assert_refused(path: Path, message: str) -> None:
     """Loading fails, names the path, and says how to get on."""
     with pytest.raises(StatisticsError, match=message) as caught:
         Statistics.load(path)
     assert str(path) in str(caught.value)
     assert "triattention calibrate" in str(caught.value)
+    assert len(str(caught.value)) < 1000 + len(str(path))
 
 
 @pytest.fixture
@@ -61,7 +70,7 @@ def test_a_file_gives_back_what_was_saved(
 def test_the_file_describes_itself(saved: Path) -> None:
     metadata = metadata_of(saved)
     assert metadata["format"] == "triattention-statistics"
-    assert metadata["schema_version"] == "1"
+    assert metadata["schema_version"] == "2"
     assert json.loads(metadata["fingerprint"])["num_heads"] == 4
     assert json.loads(metadata["provenance"])["tokens_seen"] == "10"
 
@@ -79,11 +88,14 @@ def test_a_file_is_replaced_whole_is_private_and_leaves_nothing_beside_it(
 def test_a_write_that_fails_keeps_the_old_file(
     saved: Path, make_statistics: MakeStatistics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(descriptor: int) -> None:
+    def failing_disk(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", failing_disk)
     with pytest.raises(StatisticsError, match=r"could not be written.*no space left"):
+        make_statistics(seed=1).save(saved)
+    monkeypatch.undo()
+    with full_disk(600), pytest.raises(StatisticsError, match=r"could not be written.*too large"):
         make_statistics(seed=1).save(saved)
     assert Statistics.load(saved).magnitude.equal(make_statistics().magnitude)
     assert list(saved.parent.iterdir()) == [saved]
@@ -136,7 +148,7 @@ def test_a_truncated_file_is_refused(saved: Path, share: float) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(place=st.floats(0, 0.999), flipped_bits=st.integers(1, 255))
-def test_a_damaged_byte_gives_statistics_or_a_clear_error(
+def test_a_damaged_byte_gives_the_same_statistics_or_a_clear_error(
     saved: Path, place: float, flipped_bits: int
 ) -> None:
     content = bytearray(saved.read_bytes())
@@ -148,15 +160,17 @@ def test_a_damaged_byte_gives_statistics_or_a_clear_error(
     except StatisticsError as error:
         outcome = str(error)
     if isinstance(outcome, Statistics):
-        assert all(getattr(outcome, name).isfinite().all() for name in NAMES)
+        intact = Statistics.load(saved)
+        assert all(getattr(outcome, name).equal(getattr(intact, name)) for name in NAMES)
+        assert (outcome.fingerprint, outcome.provenance) == (intact.fingerprint, intact.provenance)
     else:
         assert outcome.startswith(f"statistics file {damaged}: ")
 
 
 def test_another_schema_version_is_refused(saved: Path) -> None:
     tensors, metadata = load_file(saved), metadata_of(saved)
-    save_file(tensors, saved, metadata | {"schema_version": "2"})
-    assert_refused(saved, "schema version is '2'; this version of triattention-vllm reads '1'")
+    save_file(tensors, saved, metadata | {"schema_version": "1"})
+    assert_refused(saved, "schema version is '1'; this version of triattention-vllm reads '2'")
 
 
 def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -177,11 +191,11 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path: Path) -> None
 )
 def test_damaged_metadata_is_refused(saved: Path, name: str, text: str, message: str) -> None:
     tensors, metadata = load_file(saved), metadata_of(saved)
-    save_file(tensors, saved, metadata | {name: text})
+    write_again(saved, tensors, metadata | {name: text})
     assert_refused(saved, message)
 
 
-@pytest.mark.parametrize("name", ["fingerprint", "provenance"])
+@pytest.mark.parametrize("name", ["fingerprint", "provenance", "content_hash"])
 def test_absent_metadata_is_refused(saved: Path, name: str) -> None:
     tensors, metadata = load_file(saved), metadata_of(saved)
     del metadata[name]
@@ -209,5 +223,46 @@ def test_tensors_that_cannot_be_statistics_are_refused(saved: Path, name: str) -
         (tensors[name].to(torch.float16), f"{name} is torch.float16"),
         (tensors[name].to(torch.float8_e4m3fn), f"{name} is torch.float8"),
     ):
-        save_file({**tensors, name: wrong}, saved, metadata)
+        write_again(saved, {**tensors, name: wrong}, metadata)
         assert_refused(saved, message)
+
+
+def test_a_value_that_was_changed_by_hand_is_refused(saved: Path) -> None:
+    tensors, metadata = load_file(saved), metadata_of(saved)
+    tensors["magnitude"] *= 1.5
+    save_file(tensors, saved, metadata)
+    assert_refused(saved, "its content is not what was written")
+
+
+@pytest.mark.parametrize("pickled", [pickle.dumps({"a": 1}), b"cos\nsystem\n(S'false'\ntR."])
+def test_a_pickle_is_refused_and_not_read(tmp_path: Path, pickled: bytes) -> None:
+    path = tmp_path / "statistics.safetensors"
+    path.write_bytes(pickled)
+    assert_refused(path, "not a whole safetensors file")
+
+
+def test_a_huge_header_is_refused_in_few_words(saved: Path) -> None:
+    tensors, metadata = load_file(saved), metadata_of(saved)
+    many = {f"tensor {i}": torch.zeros(1) for i in range(3000)}
+    save_file(tensors | many, saved, metadata)
+    assert_refused(saved, "it holds the tensors")
+    save_file(tensors, saved, {f"key {i}": "x" * 1000 for i in range(3000)})
+    assert_refused(saved, "not statistics")
+    saved.write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}")
+    assert_refused(saved, "not a whole safetensors file")
+
+
+def test_a_fingerprint_of_absurd_counts_is_refused_in_few_words(saved: Path) -> None:
+    tensors, metadata = load_file(saved), metadata_of(saved)
+    fingerprint = json.loads(metadata["fingerprint"])
+    for absurd in (
+        {"num_heads": 10**15, "num_kv_heads": None},
+        {"layer_indices": list(range(100_000)), "rotary_dims": [4] * 100_000},
+        {"layer_indices": list(range(100_000, 0, -1))},
+        {"rotary_dims": list(range(0, 100_000, 2))},
+        {"head_dim": "x" * 100_000},
+        {"a" * 100_000: 1},
+    ):
+        described = metadata | {"fingerprint": json.dumps(fingerprint | absurd)}
+        write_again(saved, tensors, described)
+        assert_refused(saved, "statistics file")

@@ -1,6 +1,7 @@
 """Budgets of single requests over HTTP: what cannot be served is answered with 400 and why."""
 
 import json
+import random
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +83,44 @@ def test_bad_values_are_answered_with_400_and_the_reason(server: Server, stream:
     status, answer = ask(server, None, 4)
     assert status == 200
     assert json.loads(answer)["usage"]["completion_tokens"] == 4
+
+
+def some_value(rng: random.Random, depth: int = 0) -> object:
+    """Anything that JSON can say."""
+    kinds = ["none", "bool", "small", "huge", "float", "text", "word"]
+    kind = rng.choice(kinds if depth == 2 else [*kinds, "list", "object"])
+    if kind in ("list", "object"):
+        inner = [some_value(rng, depth + 1) for _ in range(rng.randrange(3))]
+        return inner if kind == "list" else {f"\u2603{idx}": v for idx, v in enumerate(inner)}
+    return {
+        "none": None,
+        "bool": rng.random() < 0.5,
+        "small": rng.randint(-5, 2500),
+        "huge": rng.choice([2**31, 2**63, -(2**63), 10**40]),
+        "float": rng.choice([0.5, float("nan"), float("inf"), 1e308]),
+        "text": rng.choice(["", "\0", "\U0001f9ca" * 3, "x" * 10_000, "off\n"]),
+        "word": rng.choice(["off", "on", "512"]),
+    }[kind]
+
+
+def test_whatever_a_client_sends_is_served_or_refused_and_the_next_one_is_served(
+    server: Server,
+) -> None:
+    rng = random.Random(11)
+    names = ["kv_budget", "kv_compression", "kv_", "kv_\u2603", "budget", "", "kv_budget\0"]
+    statuses = set()
+    for _ in range(60):
+        chosen = rng.sample(names, rng.randint(1, 3))
+        xargs = {name: some_value(rng) for name in chosen}
+        sent = xargs if rng.random() < 0.9 else some_value(rng)
+        status, answer = ask(server, sent, 2, stream=rng.random() < 0.5)
+        assert status in (200, 400), f"{sent}: {status} {answer[:500]}"
+        assert len(answer) < 15_000
+        statuses.add(status)
+    assert statuses == {200, 400}
+    status, answer = ask(server, {"kv_budget": 512}, 4)
+    assert (status, json.loads(answer)["usage"]["completion_tokens"]) == (200, 4)
+    assert server.pool_state().num_held == 0
 
 
 def test_requests_by_their_own_budget_hold_as_much_as_they_asked_for(server: Server) -> None:

@@ -3,11 +3,12 @@
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from triattention_vllm.errors import StatisticsError
-from triattention_vllm.method.statistics import Fingerprint, Statistics
+from triattention_vllm.method.statistics import SCHEMA_VERSION, Fingerprint, Statistics
 
 _CHOOSE = (
     "set TRIATTENTION_CACHE to a folder that this user may write, or give a statistics file with "
@@ -34,8 +35,10 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def cached_file(fingerprint: Fingerprint) -> Path:
-    """Where the statistics of this model are kept: one file per fingerprint."""
-    digest = hashlib.sha256(fingerprint.to_json().encode()).hexdigest()[:16]
+    """Where the statistics of this model are kept: one file per fingerprint and schema version,
+    so that an older file is not in the way."""
+    described = f"{SCHEMA_VERSION} {fingerprint.to_json()}"
+    digest = hashlib.sha256(described.encode()).hexdigest()[:16]
     architecture = re.sub(r"[^A-Za-z0-9_.-]", "_", fingerprint.architecture or "model")
     return cache_folder() / f"{architecture}-{digest}.safetensors"
 
@@ -66,14 +69,16 @@ def load_or_none(fingerprint: Fingerprint) -> Statistics | None:
 def check_writable() -> None:
     """Create the cache folder and write to it, so that a long calibration is not in vain.
 
+    Folders that are made are for this user alone, whatever the umask. The file that is written
+    has no name, so that it meets no other process' and no link that somebody left there.
     Raises StatisticsError where that fails.
     """
     folder = cache_folder()
-    probe = folder / f".writable-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        probe.touch()
-        probe.unlink()
+        for missing in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
+            missing.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise StatisticsError(
             f"statistics cannot be kept in the cache folder {folder} ({error}); {_CHOOSE}"

@@ -7,6 +7,7 @@ belongs to vLLM; so the same files are written here, beside vLLM's where it has 
 
 import itertools
 import os
+import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.utils import floatToGoString
 
 from triattention_vllm.environment import METRICS_FOLDER
+from triattention_vllm.errors import MetricsError
 from triattention_vllm.metrics import LABELS, Metric
 
 if TYPE_CHECKING:
@@ -31,11 +33,15 @@ _FILE_TYPES = {"counter": "counter", "gauge": "gauge_livesum", "histogram": "his
 
 _numbers = itertools.count()
 
+_FILE_SIZE = 1 << 16
+"""Bytes of a file; prometheus_client makes more where its keys need more."""
+
 
 class MetricsFile:
     """Writes ``metrics`` of one engine; each is there with value 0 from the beginning.
 
     A write is a few bytes in a memory map: no system call, no lock, one thread only.
+    Raises MetricsError where the files cannot be made.
     """
 
     def __init__(self, folder: Path, labels: Mapping[str, str], metrics: Sequence[Metric]) -> None:
@@ -93,12 +99,26 @@ class MetricsFile:
             )
 
     def _create(self, file_type: str, keys: Sequence[str]) -> MmapedDict:
-        """A complete file under its final name at once: a scrape may come at any moment."""
-        unfinished = self._folder / f"{self._owner}.{file_type}"
-        file = MmapedDict(str(unfinished))
-        for key in keys:
-            file.write_value(key, 0.0, 0.0)
-        unfinished.rename(self._folder / f"{file_type}_{self._owner}.db")
+        """A complete file under its final name at once: a scrape may come at any moment.
+
+        Its blocks are taken from the disk here: a memory map of a full disk ends the process
+        at the first write. Only this user may read it, and a link in its place is not followed.
+        """
+        try:
+            handle, unfinished = tempfile.mkstemp(prefix=f".{self._owner}.", dir=self._folder)
+            try:
+                os.posix_fallocate(handle, 0, _FILE_SIZE)
+            finally:
+                os.close(handle)
+            file = MmapedDict(unfinished)
+            for key in keys:
+                file.write_value(key, 0.0, 0.0)
+            os.rename(unfinished, self._folder / f"{file_type}_{self._owner}.db")
+        except OSError as error:
+            raise MetricsError(
+                f"metrics cannot be kept in {self._folder} ({error}); make room there, set TMPDIR "
+                "to a folder that this user may write, or start with --disable-log-stats"
+            ) from error
         return file
 
 

@@ -59,6 +59,11 @@ class StatisticsSource:
         if found is not None:
             self._statistics, self.description = found
 
+    @property
+    def has_to_be_made(self) -> bool:
+        """Whether ``ready`` will make the statistics; the same on every rank."""
+        return self._statistics is None
+
     def rotary_of(self, layer_names: Sequence[str]) -> Rotary:
         """The rotary parameters of some of this rank's layers."""
         return self.rotary.select_layers([self._layer_names.index(name) for name in layer_names])

@@ -18,19 +18,40 @@ from vllm.v1.request import Request
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundPlan
 from triattention_vllm.engine.settings import settings_of
+from triattention_vllm.errors import RecordingError
+from triattention_vllm.log import logger
 
 
 class Lines:
-    """Appends to the file of a recording; several processes may."""
+    """Appends to the file of a recording; several processes may.
+
+    Where a line cannot be written, as on a full disk, the recording ends and serving goes on.
+    """
 
     def __init__(self, path: Path, engine: int) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        """Raises RecordingError where the file cannot be opened."""
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise RecordingError(
+                f"rounds cannot be recorded to {path} ({error}); name a file that this user may "
+                "write with the setting `trace`, or leave it out"
+            ) from error
+        self._file: int | None = file
+        self._path = path
         self._engine = engine
 
     def append(self, event: str, values: Mapping[str, object]) -> None:
         """One line in one write, so that lines of other processes do not cut it."""
+        if self._file is None:
+            return
         line = {"event": event, "engine": self._engine, "time": time.time(), **values}
-        os.write(self._file, json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        try:
+            os.write(self._file, json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        except OSError as error:
+            os.close(self._file)
+            self._file = None
+            logger.warning("The recording of rounds to %s ends here: %s", self._path, error)
 
 
 class StepTrace:

@@ -20,6 +20,7 @@ from triattention_vllm.config import Settings
 from triattention_vllm.engine.attention import BACKENDS, ShiftedRows, override_backends
 from triattention_vllm.engine.differences import with_one_allocation
 from triattention_vllm.engine.drafts import draft_attention_groups, draft_layer_names
+from triattention_vllm.engine.finite_check import refuse_nan
 from triattention_vllm.engine.kv_manager import RoundPlan
 from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.null_heads import NullHeads
@@ -74,6 +75,7 @@ class CompressionWorker(Worker):
         refuse_unsupported_layers({name: layers[name] for name in own})
         if self.drafts:
             refuse_unsupported_layers({name: layers[name] for name in sorted(self.drafts)})
+        self.compressed_layers = own
         self.statistics_source = (
             StatisticsSource(self, own, self.settings) if self.settings.needs_statistics else None
         )
@@ -110,9 +112,14 @@ class CompressionWorker(Worker):
                     )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        """Warm up, then make the statistics if no file had them, and say what is on."""
+        """Warm up, then make the statistics if no file had them, and say what is on.
+
+        Raises UnsupportedError where the model computes NaN.
+        """
         times = super().compile_or_warm_up_model()
         source = self.statistics_source
+        if source is None or not source.has_to_be_made:
+            refuse_nan(self, self.kv_cache_config, self.compressed_layers)
         whole = None if source is None else source.ready(self.kv_cache_config)
         layers = self.vllm_config.compilation_config.static_forward_context
         for group_id, group in enumerate(self.kv_cache_config.kv_cache_groups):

@@ -2,11 +2,16 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
+from reprlib import Repr
 from typing import Any
 
 from triattention_vllm.errors import StatisticsError
 
 _NUM_LISTED = 8
+
+_REPR = Repr()
+_REPR.maxlist = _NUM_LISTED
+_REPR.maxstring = _REPR.maxother = 64
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class Fingerprint:
         indices = self.layer_indices
         if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0:
             raise StatisticsError(
-                f"layer indices are {list(indices)}; they must be ascending, each once, at least "
-                "one: list the decoder layer index of every attention layer"
+                f"layer indices are {shown(list(indices))}; they must be ascending, each once, at "
+                "least one: list the decoder layer index of every attention layer"
             )
         if len(self.rotary_dims) != len(indices):
             raise StatisticsError(
@@ -46,13 +51,14 @@ class Fingerprint:
             )
         if len(set(self.rotary_dims) - {0}) > 1:
             raise StatisticsError(
-                f"rotary dims are {sorted(set(self.rotary_dims))}; layers must agree (or be 0)"
+                f"rotary dims are {shown(sorted(set(self.rotary_dims)))}; layers must agree (or "
+                "be 0)"
             )
         if self.num_heads < 1 or self.head_dim < 1 or not self._rotary_dims_fit():
             raise StatisticsError(
                 f"num_heads {self.num_heads}, head_dim {self.head_dim} and rotary dims "
-                f"{sorted(set(self.rotary_dims))} describe no model: counts must be positive and "
-                "rotary dims even, at most head_dim"
+                f"{shown(sorted(set(self.rotary_dims)))} describe no model: counts must be "
+                "positive and rotary dims even, at most head_dim"
             )
         if self.num_kv_heads is not None and (
             self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads
@@ -110,7 +116,8 @@ class Fingerprint:
             raise StatisticsError(f"the model fingerprint is not JSON ({error})") from error
         names = [field.name for field in fields(cls)]
         if not isinstance(members, dict) or sorted(members) != sorted(names):
-            found = sorted(members) if isinstance(members, dict) else type(members).__name__
+            is_object = isinstance(members, dict)
+            found = shown(sorted(members)) if is_object else type(members).__name__
             raise StatisticsError(
                 f"the model fingerprint has members {found}; it must have {sorted(names)}"
             )
@@ -129,6 +136,11 @@ class Fingerprint:
         )
 
 
+def shown(value: object) -> str:
+    """A foreign file's own words as an error message repeats them: shortly."""
+    return _REPR.repr(value)
+
+
 def _layers_sentence(mine: tuple[int, ...], theirs: tuple[int, ...]) -> str:
     sentence = f"layers: the file has {len(mine)}, the running model has {len(theirs)}"
     missing = [idx for idx in theirs if idx not in set(mine)]
@@ -143,7 +155,7 @@ def _layers_sentence(mine: tuple[int, ...], theirs: tuple[int, ...]) -> str:
 def _short(value: object) -> str:
     """The value as an error message shows it; long lists are cut."""
     if not isinstance(value, (tuple, list, set)):
-        return repr(value)
+        return shown(value)
     items = [str(item) for item in (sorted(value) if isinstance(value, set) else value)]
     if len(items) > _NUM_LISTED:
         return f"[{', '.join(items[:_NUM_LISTED])}, ... {len(items)} in all]"
@@ -151,7 +163,7 @@ def _short(value: object) -> str:
 
 
 def _wrong(name: str, value: object, allowed: str) -> StatisticsError:
-    return StatisticsError(f"fingerprint member {name} is {value!r}; it must be {allowed}")
+    return StatisticsError(f"fingerprint member {name} is {shown(value)}; it must be {allowed}")
 
 
 def _integer(members: dict[str, Any], name: str) -> int:

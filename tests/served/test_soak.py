@@ -1,0 +1,35 @@
+"""The soak in its smallest size: the same traffic, faults and checks for a quarter of a minute."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+KINDS_OF_RESULT = {"served", "refused", "aborted"}
+
+
+@pytest.mark.timeout(1800)
+def test_a_short_soak_breaks_no_law_and_loses_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "soak.json"
+    command = [sys.executable, str(SOAK), "--minutes", "0.25", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
+    log = output.with_suffix(".log")
+    said = log.read_text()[-4000:] if log.exists() else ""
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + said
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert {"commit", "processor", "engine", "size"} <= set(report["conditions"])
+    totals = report["totals"]
+    assert (totals["lost"], report["losses"], report["exit_code"]) == (0, [], 0)
+    assert all(totals[result] > 0 for result in KINDS_OF_RESULT)
+    assert report["faults"]["resets_of_the_prefix_cache"] > 0
+    scheduler, worker = report["checks"]["scheduler"], report["checks"]["worker"]
+    assert scheduler["is_idle"]
+    assert scheduler["scheduler"] == "CompressionAsyncScheduler"
+    assert scheduler["num_free"] == (6 << 20) // (32 * 1024) - 1
+    assert scheduler["preemptions"] > 0
+    assert scheduler["rounds"] == report["metrics"]["triattention:rounds_total"] > 0
+    assert worker["hashed_blocks"] > 0
+    assert worker["steps"] > 0
