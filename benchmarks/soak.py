@@ -31,6 +31,7 @@ from triattention_vllm.tools.server import Server, serving
 from triattention_vllm.tools.tiny_model import write_tiny_model
 
 CLIENTS = (16, 24, 32, 48, 64)
+_SECONDS_TO_START = 1200.0
 _SECONDS_TO_FINISH = 900.0
 """Of one request, and of those that are under way when the time is over."""
 
@@ -190,7 +191,9 @@ def run(size: Size, output: Path) -> bool:
         }
         log = output.with_suffix(".log")
         output.parent.mkdir(parents=True, exist_ok=True)
-        with serving(model, size.arguments, log, environment=environment) as server:
+        with serving(
+            model, size.arguments, log, environment=environment, timeout=_SECONDS_TO_START
+        ) as server:
             described = {"arguments": size.arguments}
             report: Json = {"conditions": conditions(size, described)}
             report |= asyncio.run(soak(server, size))
