@@ -391,6 +391,7 @@ def test_a_full_disk_is_an_error_before_anything_counts(tmp_path: Path) -> None:
     """A memory map of blocks that the disk cannot give would end the process without a word."""
     with full_disk(4096), pytest.raises(MetricsError, match="make room there, set TMPDIR"):
         MetricsFile(tmp_path, LABELLED, METRICS)
+    assert list(tmp_path.iterdir()) == []
     MetricsFile(tmp_path, LABELLED, METRICS).add(ROUNDS)
     (counters,) = tmp_path.glob("counter_*.db")
     assert counters.stat().st_blocks * 512 >= counters.stat().st_size > 0

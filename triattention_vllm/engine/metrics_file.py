@@ -10,6 +10,7 @@ import os
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,14 +107,15 @@ class MetricsFile:
         """
         try:
             handle, unfinished = tempfile.mkstemp(prefix=f".{self._owner}.", dir=self._folder)
-            try:
-                os.posix_fallocate(handle, 0, _FILE_SIZE)
-            finally:
-                os.close(handle)
-            file = MmapedDict(unfinished)
-            for key in keys:
-                file.write_value(key, 0.0, 0.0)
-            os.rename(unfinished, self._folder / f"{file_type}_{self._owner}.db")
+            with ExitStack() as undo:
+                undo.callback(os.unlink, unfinished)
+                with os.fdopen(handle, "wb") as reserved:
+                    os.posix_fallocate(reserved.fileno(), 0, _FILE_SIZE)
+                file = MmapedDict(unfinished)
+                for key in keys:
+                    file.write_value(key, 0.0, 0.0)
+                os.rename(unfinished, self._folder / f"{file_type}_{self._owner}.db")
+                undo.pop_all()
         except OSError as error:
             raise MetricsError(
                 f"metrics cannot be kept in {self._folder} ({error}); make room there, set TMPDIR "
