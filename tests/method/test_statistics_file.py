@@ -229,6 +229,9 @@ def test_tensors_that_cannot_be_statistics_are_refused(saved: Path, name: str) -
 
 def test_a_value_that_was_changed_by_hand_is_refused(saved: Path) -> None:
     tensors, metadata = load_file(saved), metadata_of(saved)
+    for name in ("fingerprint", "provenance"):
+        save_file(tensors, saved, metadata | {name: metadata[name] + " "})
+        assert_refused(saved, "its content is not what was written")
     tensors["magnitude"] *= 1.5
     save_file(tensors, saved, metadata)
     assert_refused(saved, "its content is not what was written")
