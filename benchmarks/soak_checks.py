@@ -269,7 +269,7 @@ class WorkerChecks:
         self.counts["steps"] += 1
         self.counts["rows"] += len(note["rows"])
         self.counts["hashed_blocks"] += len(unchanged)
-        if self.counts["steps"] % _STEPS_BETWEEN_REPORTS == 0:
+        if self.counts["steps"] % _STEPS_BETWEEN_REPORTS == 1:
             _write(Path(os.environ[FOLDER], "worker.json"), dict(self.counts))
 
 
