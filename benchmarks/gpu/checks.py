@@ -52,17 +52,17 @@ def check_all(operations: Operations, requests: RequestSet) -> list[Check]:
 def check_scores(scores: Tensor, requests: RequestSet, indices: list[int]) -> Check:
     """Root mean square error against float64, beside that of torch in float32."""
     batch = some_requests(requests.batch, indices)
-    query, norms = requests.query_weights[indices], requests.norm_weights
+    weights = (requests.centres, requests.norm_weights)
     rope = (False, requests.kv.head_dim, "torch")
-    plain = score(requests.kv, batch, query, norms, *rope)  # type: ignore[arg-type]
+    plain = score(requests.kv, batch, *weights, requests.turns[indices], *rope)  # type: ignore[arg-type]
     errors, sizes = [], []
     for place, request_idx in enumerate(indices):
         one = some_requests(requests.batch, [request_idx])
         truth = score(
             requests.kv,
             one,
-            query[place : place + 1].double(),
-            norms.double(),
+            *(weight.double() for weight in weights),
+            requests.turns[request_idx : request_idx + 1].to(torch.complex128),
             *rope,  # type: ignore[arg-type]
         )[0]
         sizes.append(truth.square().mean())

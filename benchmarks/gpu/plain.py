@@ -7,6 +7,7 @@ gathered out of the paged cache by ``index_select``, tokens are chosen by ``topk
 import torch
 from gpu.rounds import Operations, RequestSet
 from torch import Tensor
+from triattention_kernels import score_torch
 
 MIN_STD = 1e-6
 
@@ -28,10 +29,12 @@ def gathered(view: Tensor, blocks: Tensor) -> Tensor:
 def score(requests: RequestSet) -> Tensor:
     """[R, L, H, T]: one batched product and one hypot per layer."""
     kv, scores = requests.kv, []
+    weights = requests.centres, requests.turns
+    query_weights = score_torch.query_weights(*weights, False, kv.head_dim)
     for layer_idx in range(kv.num_layers):
         view = kv.keys[layer_idx, :, :, :, 0, :, 0]
         keys = gathered(view, requests.batch.source_blocks).float()
-        weights = requests.query_weights[:, layer_idx].unflatten(1, (kv.num_kv_heads, -1))
+        weights = query_weights[:, layer_idx].unflatten(1, (kv.num_kv_heads, -1))
         norm_weights = requests.norm_weights[layer_idx].unflatten(0, (kv.num_kv_heads, -1))
         norms = torch.hypot(*keys.chunk(2, dim=-1))
         total = weights @ keys.mT + norm_weights @ norms.mT

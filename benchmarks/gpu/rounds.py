@@ -84,8 +84,9 @@ class RequestSet:
 
     kv: PagedKV
     batch: RoundBatch
-    query_weights: Tensor  # [R, L, H, D] float32
+    centres: Tensor  # [L, H, D] float32
     norm_weights: Tensor  # [L, H, D / 2] float32
+    turns: Tensor  # [R, L, D / 2] complex64, shared by the layers
     block_table: Tensor  # [R, W] int32, null head, then sinks, region and window
     seq_lens: Tensor  # [R] int32
     out_table: Tensor
@@ -119,21 +120,7 @@ def _request_set(
     kv: PagedKV, shape: RoundShape, source: Tensor, generator: torch.Generator
 ) -> RequestSet:
     num_requests, device = shape.num_requests, source.device
-    weights = torch.randn(
-        num_requests,
-        shape.num_layers,
-        shape.num_heads,
-        shape.head_dim,
-        generator=generator,
-        device=device,
-    )
-    norms = torch.rand(
-        shape.num_layers,
-        shape.num_heads,
-        shape.rotary_dim // 2,
-        generator=generator,
-        device=device,
-    )
+    weights = random_weights(shape, generator, device)
     batch = RoundBatch(
         source_blocks=source,
         destination_blocks=source[:, : shape.num_destination_blocks].contiguous(),
@@ -152,7 +139,22 @@ def _request_set(
         (num_requests,), table.shape[1] * shape.block_size, dtype=torch.int32, device=device
     )
     outputs = torch.zeros_like(table), torch.zeros_like(seq_lens)
-    return RequestSet(kv, batch, weights, norms, table, seq_lens, *outputs, num_null, num_cached)
+    return RequestSet(kv, batch, *weights, table, seq_lens, *outputs, num_null, num_cached)
+
+
+def random_weights(
+    shape: RoundShape, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres, norm weights and turns; all layers have the same frequencies."""
+    heads = (shape.num_layers, shape.num_heads)
+    num_frequencies = shape.rotary_dim // 2
+    centres = torch.randn(*heads, shape.head_dim, generator=generator, device=device)
+    norms = torch.rand(*heads, num_frequencies, generator=generator, device=device)
+    angles = torch.rand(
+        shape.num_requests, 1, num_frequencies, generator=generator, device=device
+    ) * (2 * torch.pi)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    return centres, norms, turns.expand(-1, shape.num_layers, -1)
 
 
 def some_requests(batch: RoundBatch, indices: list[int]) -> RoundBatch:
@@ -187,7 +189,7 @@ def product_operations(implementation: Implementation) -> Operations:
     """The product's own, through their checks and dispatch."""
 
     def run_score(r: RequestSet) -> Tensor:
-        weights = (r.query_weights, r.norm_weights)
+        weights = (r.centres, r.norm_weights, r.turns)
         return score(r.kv, r.batch, *weights, False, r.kv.head_dim, implementation)
 
     def run_select(r: RequestSet, scores: Tensor) -> Tensor:

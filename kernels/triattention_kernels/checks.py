@@ -47,8 +47,9 @@ def check_batch(batch: RoundBatch, block_size: int, device: torch.device) -> Non
 def check_score(
     kv: PagedKV,
     batch: RoundBatch,
-    query_weights: Tensor,
+    centres: Tensor,
     norm_weights: Tensor,
+    turns: Tensor,
     rotary_dim: int,
 ) -> None:
     """Raise ArgumentError unless the arguments of ``score`` fit each other."""
@@ -67,13 +68,14 @@ def check_score(
             " is needed"
         )
     real = (torch.float32, torch.float64)
-    num_layers, head_dim = kv.num_layers, kv.head_dim
-    shape = (batch.num_requests, num_layers, None, head_dim)
-    check_tensor("query_weights", query_weights, shape, real, device)
-    num_heads = query_weights.shape[2]
+    num_layers, num_frequencies = kv.num_layers, rotary_dim // 2
+    check_tensor("centres", centres, (num_layers, None, kv.head_dim), real, device)
+    num_heads = centres.shape[1]
     check_groups(num_heads, kv.num_kv_heads)
-    frequencies = (num_layers, num_heads, rotary_dim // 2)
+    frequencies = (num_layers, num_heads, num_frequencies)
     check_tensor("norm_weights", norm_weights, frequencies, real, device)
+    shape = (batch.num_requests, num_layers, num_frequencies)
+    check_tensor("turns", turns, shape, (centres.dtype.to_complex(),), device)
 
 
 def check_select(scores: Tensor, batch: RoundBatch, block_size: int, num_kv_heads: int) -> None:

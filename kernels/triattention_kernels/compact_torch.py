@@ -18,12 +18,10 @@ INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 
 def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
     """See ``triattention_kernels.compact.compact``."""
-    views = [as_integers(view) for view in kv.rows]
     layer_elements = 2 * kept.shape[0] * kept.shape[2] * kept.shape[3] * kv.head_dim
     tile_layers = max(1, TILE_ELEMENTS // layer_elements)
-    for start in range(0, kv.num_layers, tile_layers):
-        layers = slice(start, start + tile_layers)
-        move([view[layers] for view in views], batch, kept[:, layers])
+    for layers, part in kv.evenly_spaced(tile_layers):
+        move([as_integers(view) for view in part.rows], batch, kept[:, layers])
 
 
 def as_integers(view: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ def move_rows(
 def compact_kernel(
     keys,
     values,
+    layer_starts,
     scratch,
     source_blocks,
     destination_blocks,
@@ -89,14 +90,12 @@ def compact_kernel(
     kept_stride_request,
     kept_stride_layer,
     kept_stride_head,
-    keys_stride_layer,
     keys_stride_block,
     keys_stride_head,
     keys_stride_s1,
     keys_stride_s2,
     keys_stride_d1,
     keys_stride_d2,
-    values_stride_layer,
     values_stride_block,
     values_stride_head,
     values_stride_s1,
@@ -107,13 +106,17 @@ def compact_kernel(
     KEYS_D2: tl.constexpr,
     VALUES_S2: tl.constexpr,
     VALUES_D2: tl.constexpr,
+    LAYER_UNIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DIMS_PAD: tl.constexpr,
     TILE: tl.constexpr,
     READS: tl.constexpr,
     WRITES: tl.constexpr,
 ):
-    """One program: the keys or the values of one layer, KV head and request."""
+    """One program: the keys or the values of one layer, KV head and request.
+
+    layer_starts counts LAYER_UNIT elements.
+    """
     head = (tl.program_id(0) // 2).to(tl.int64)
     is_value = tl.program_id(0) % 2
     layer = tl.program_id(1).to(tl.int64)
@@ -122,11 +125,12 @@ def compact_kernel(
     source_blocks += request * num_source_columns
     destination_blocks += request * num_destination_columns
     num_kept = tl.load(counts + request * 3 + 1) * BLOCK_SIZE
+    start = tl.load(layer_starts + is_value * tl.num_programs(1) + layer) * LAYER_UNIT
     place = ((request * tl.num_programs(1) + layer) * num_kv_heads + head) * 2 + is_value
     scratch += place * num_destination_columns * BLOCK_SIZE * head_dim
     if is_value == 0:
         move_rows(
-            keys + layer * keys_stride_layer + head * keys_stride_head,
+            keys + start + head * keys_stride_head,
             scratch,
             kept,
             source_blocks,
@@ -148,7 +152,7 @@ def compact_kernel(
         )
     else:
         move_rows(
-            values + layer * values_stride_layer + head * values_stride_head,
+            values + start + head * values_stride_head,
             scratch,
             kept,
             source_blocks,
@@ -177,13 +181,14 @@ def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
     token's source: two launches, all reads into scratch memory of the size of everything kept,
     then all writes. Moves ``traffic.compact_traffic`` bytes.
     """
-    keys, values = as_integers(*kv.rows)
+    key_rows, value_rows = kv.rows
+    keys, values = as_integers(key_rows[0], value_rows[0], kv.layer_unit)
     num_requests, num_layers, num_kv_heads, _ = kept.shape
-    head_dim = keys.shape[5] * keys.shape[6]
+    head_dim = keys.shape[4] * keys.shape[5]
     dims_pad = triton.next_power_of_2(head_dim)
     # Padded rows keep a mask for every element, scattered ones an address: half the tile, so that
     # they stay in registers.
-    in_rows = all(view.shape[6] == 1 and view.stride(5) == 1 for view in (keys, values))
+    in_rows = all(view.shape[5] == 1 and view.stride(4) == 1 for view in (keys, values))
     tile_elements = TILE_ELEMENTS // (1 if in_rows and dims_pad == head_dim else 2)
     phases = [(True, True)] if batch.moves_forward else [(True, False), (False, True)]
     scratch_tokens = 0 if batch.moves_forward else kept.numel()
@@ -192,6 +197,7 @@ def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
         compact_kernel[(num_kv_heads * 2, num_layers, num_requests)](
             keys,
             values,
+            kv.layer_starts,
             scratch,
             batch.source_blocks,
             batch.destination_blocks,
@@ -204,10 +210,11 @@ def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
             *kept.stride()[:3],
             *keys.stride(),
             *values.stride(),
-            KEYS_S2=keys.shape[4],
-            KEYS_D2=keys.shape[6],
-            VALUES_S2=values.shape[4],
-            VALUES_D2=values.shape[6],
+            KEYS_S2=keys.shape[3],
+            KEYS_D2=keys.shape[5],
+            VALUES_S2=values.shape[3],
+            VALUES_D2=values.shape[5],
+            LAYER_UNIT=kv.layer_unit // keys.itemsize,
             BLOCK_SIZE=kv.block_size,
             DIMS_PAD=dims_pad,
             TILE=min(max(16, tile_elements // dims_pad), MAX_TILE_TOKENS),
@@ -217,22 +224,23 @@ def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
         )
 
 
-def as_integers(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The same memory as integers, as wide as the rows of head dims of both allow.
+def as_integers(keys: Tensor, values: Tensor, layer_unit: int) -> tuple[Tensor, Tensor]:
+    """The same memory as integers, as wide as the rows of head dims of both allow in every layer.
 
-    keys, values: [L, num_blocks, H_kv, S1, S2, D1, D2]; D1 of the result counts integers.
+    keys, values: of one layer, [num_blocks, H_kv, S1, S2, D1, D2]; D1 of the result counts
+    integers. layer_unit: bytes that layers are a multiple of apart.
     """
-    width = math.gcd(*(_row_alignment(view) for view in (keys, values)))
+    width = math.gcd(layer_unit, *(_row_alignment(view) for view in (keys, values)))
     dtype = INTEGER_OF_WIDTH[max(width, keys.itemsize)]
     if width <= keys.itemsize:
         return keys.view(dtype), values.view(dtype)
-    widened = [view.squeeze(6).view(dtype).unsqueeze(6) for view in (keys, values)]
+    widened = [view.squeeze(5).view(dtype).unsqueeze(5) for view in (keys, values)]
     return widened[0], widened[1]
 
 
 def _row_alignment(view: Tensor) -> int:
     """Bytes, at most 8, that start, length and strides of the rows are multiples of."""
-    if view.shape[6] != 1 or view.stride(5) != 1:
+    if view.shape[5] != 1 or view.stride(4) != 1:
         return view.itemsize
-    steps = (view.shape[5], view.storage_offset(), *view.stride()[:5])
+    steps = (view.shape[4], view.storage_offset(), *view.stride()[:4])
     return math.gcd(8, *(step * view.itemsize for step in steps))

@@ -1,6 +1,7 @@
 """What the three operations read and write: paged keys and values, and a batch of rounds."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from triattention_kernels.errors import ArgumentError
+from triattention_kernels.layers import byte_starts
 
 CpuLayout = Literal["vec", "vec16", "amx"]
 
@@ -19,6 +21,9 @@ AMX_GROUP = 16
 ROCM_GROUP_BYTES = 16
 
 SCALE_BYTES = 4  # float32
+
+# Device loads take at most this much at a time; a better alignment of layers helps no more.
+ALIGNED_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ class TokenHeadScales:
     values: Tensor
     rows: tuple[Tensor, Tensor]
 
+    def of_layers(self, layers: slice) -> "TokenHeadScales":
+        """Those of some layers."""
+        key_rows, value_rows = self.rows
+        rows = (key_rows[layers], value_rows[layers])
+        return TokenHeadScales(self.keys[layers], self.values[layers], rows)
+
 
 @dataclass(frozen=True)
 class PagedKV:
@@ -49,11 +60,14 @@ class PagedKV:
     not known here.
 
     scales: of a cache that keeps one for every token and head, else None.
+    further: more layers, behind these, that are not equally spaced with them (``joined``). What
+    reads ``keys`` or ``values`` of all layers goes through ``evenly_spaced``.
     """
 
     keys: Tensor
     values: Tensor
     scales: TokenHeadScales | None = None
+    further: tuple["PagedKV", ...] = ()
 
     def __post_init__(self) -> None:
         sizes = []
@@ -74,7 +88,7 @@ class PagedKV:
     @property
     def num_layers(self) -> int:
         """L."""
-        return self.keys.shape[0]
+        return sum(part.keys.shape[0] for part in self._parts)
 
     @property
     def num_blocks(self) -> int:
@@ -100,6 +114,81 @@ class PagedKV:
     def rows(self) -> tuple[Tensor, Tensor]:
         """All that belongs to a token, of its key and of its value: what ``compact`` moves."""
         return (self.keys, self.values) if self.scales is None else self.scales.rows
+
+    @property
+    def _parts(self) -> tuple["PagedKV", ...]:
+        return (self, *self.further)
+
+    def evenly_spaced(self, at_most: int | None = None) -> Iterator[tuple[slice, "PagedKV"]]:
+        """All layers in order, as caches of equally spaced layers, ``at_most`` in each, and which
+        of the layers they are.
+        """
+        start = 0
+        for part in self._parts:
+            num_layers = part.keys.shape[0]
+            step = at_most or num_layers
+            for first in range(0, num_layers, step):
+                own = slice(first, min(first + step, num_layers))
+                scales = None if part.scales is None else part.scales.of_layers(own)
+                yield (
+                    slice(start + own.start, start + own.stop),
+                    PagedKV(part.keys[own], part.values[own], scales),
+                )
+            start += num_layers
+
+    @cached_property
+    def layer_starts(self) -> Tensor:
+        """Where keys and values of every layer start, counted in ``layer_unit`` bytes from those of
+        the first layer, [2, L] int64 on the device; copied there once, without waiting for it.
+        """
+        starts = [[start // self.layer_unit for start in row] for row in self._byte_starts]
+        device = self.keys.device
+        pinned = torch.tensor(starts, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return pinned.to(device, non_blocking=True)
+
+    @cached_property
+    def layer_unit(self) -> int:
+        """Bytes, at most 16, that layers are a multiple of apart."""
+        return math.gcd(ALIGNED_BYTES, *(start for row in self._byte_starts for start in row))
+
+    @cached_property
+    def _byte_starts(self) -> tuple[list[int], list[int]]:
+        return (
+            byte_starts([part.keys for part in self._parts]),
+            byte_starts([part.values for part in self._parts]),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["PagedKV"]) -> "PagedKV":
+        """One cache of the layers of several, wherever these lie in memory.
+
+        Raises ArgumentError where the parts differ in more than their number of layers.
+        """
+        if not parts:
+            raise ArgumentError("no caches to join; give at least one")
+        shapes = [part._beside_layers for part in parts]
+        for idx, found in enumerate(shapes):
+            if found != shapes[0]:
+                raise ArgumentError(
+                    f"cache {idx} has (shape, strides, dtype, device) {found} beside its layers,"
+                    f" cache 0 {shapes[0]}; join only caches that are alike"
+                )
+        first, *others = (part for joined in parts for _, part in joined.evenly_spaced())
+        kv = cls(first.keys, first.values, first.scales, tuple(others))
+        needed = first.keys.itemsize if first.scales is None else SCALE_BYTES
+        if kv.layer_unit % needed:
+            raise ArgumentError(
+                f"the layers lie a multiple of {kv.layer_unit} bytes apart; a multiple of {needed}"
+                " is needed, the size of what is read in them: allocate them aligned"
+            )
+        return kv
+
+    @property
+    def _beside_layers(self) -> tuple[object, ...]:
+        views = (self.keys, self.values, *self.rows)
+        return tuple(
+            (tuple(view.shape[1:]), view.stride()[1:], view.dtype, view.device) for view in views
+        )
 
     @classmethod
     def from_blocks(cls, blocks: Tensor) -> "PagedKV":
@@ -255,40 +344,6 @@ class RoundBatch:
         rows = list(zip(*columns, strict=True))
         pinned = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         return pinned.to(device, non_blocking=True)
-
-
-def stack_layers(tensors: Sequence[Tensor]) -> Tensor:
-    """One strided view [L, ...] of L tensors that lie in one storage at equal spacing.
-
-    Nothing is copied. Raises ArgumentError where the tensors differ in storage, shape, strides
-    or dtype, or are not equally spaced in ascending order.
-    """
-    if not tensors:
-        raise ArgumentError("no tensors to stack; give at least one layer")
-    first = tensors[0]
-    for idx, tensor in enumerate(tensors):
-        found = (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        expected = (first.shape, first.stride(), first.dtype, first.device)
-        if found != expected:
-            raise ArgumentError(
-                f"layer {idx} has (shape, strides, dtype, device) {found}, layer 0 {expected};"
-                " stack only layers that are alike"
-            )
-        if tensor.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-            raise ArgumentError(
-                f"layer {idx} lies in another storage than layer 0; stack only layers that"
-                " share one allocation"
-            )
-    offsets = [tensor.storage_offset() for tensor in tensors]
-    spacing = offsets[1] - offsets[0] if len(offsets) > 1 else 1
-    if spacing < 1 or any(
-        offset != offsets[0] + idx * spacing for idx, offset in enumerate(offsets)
-    ):
-        raise ArgumentError(
-            f"the layers start at elements {offsets} of their storage; equally spaced ascending"
-            " starts are needed for one view of all layers"
-        )
-    return first.as_strided((len(tensors), *first.shape), (spacing, *first.stride()))
 
 
 def _check_blocks(blocks: Tensor) -> None:

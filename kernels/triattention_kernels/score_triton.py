@@ -53,59 +53,40 @@ def to_float32(raw, KEY_FORMAT: tl.constexpr):
 
 
 @triton.jit
-def weighted_sum(
-    scores,
-    tile,
-    weights,
-    weights_stride_head,
-    dims,
-    present,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``scores[t, g] += sum_d tile[t, d] * weights[g, dims[d]]``; dims not ``present`` weigh 0."""
-    heads = tl.arange(0, GROUP_PAD)
-    if PRECISION == "sum":
-        for g in tl.static_range(GROUP):
-            column = tl.load(weights + g * weights_stride_head + dims, mask=present, other=0.0)
-            partial = tl.sum(tile * column[None, :], axis=1)
-            scores += tl.where(heads[None, :] == g, partial[:, None], 0.0)
-    else:
-        columns = tl.load(
-            weights + heads[None, :] * weights_stride_head + dims[:, None],
-            mask=present[:, None] & (heads < GROUP)[None, :],
-            other=0.0,
-        )
-        scores = tl.dot(tile, columns, scores, input_precision=PRECISION)
-    return scores
+def turned(centres, real, imag, cosine, sine, present):
+    """``qbar_f c_f`` as real and imaginary parts; centres that are not ``present`` are 0."""
+    x = tl.load(centres + real, mask=present, other=0.0)
+    y = tl.load(centres + imag, mask=present, other=0.0)
+    return x * cosine - y * sine, x * sine + y * cosine
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_columns"])
 def score_kernel(
     keys,
     scales,
+    layer_starts,
     source_blocks,
     counts,
-    query_weights,
+    centres,
     norm_weights,
+    turns,
     scores,
     num_tiles,
     num_tokens,
     num_columns,
     num_heads,
-    stride_layer,
     stride_block,
     stride_head,
     stride_s1,
     stride_s2,
     stride_d1,
     stride_d2,
-    query_stride_request,
-    query_stride_layer,
-    query_stride_head,
+    centre_stride_layer,
+    centre_stride_head,
     norm_stride_layer,
     norm_stride_head,
+    turn_stride_request,
+    turn_stride_layer,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
@@ -113,6 +94,7 @@ def score_kernel(
     S2: tl.constexpr,
     D2: tl.constexpr,
     KEY_FORMAT: tl.constexpr,
+    LAYER_UNIT: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     SCALED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -124,7 +106,7 @@ def score_kernel(
 ):
     """One program: a tile of tokens of one KV head, layer and request, all its query heads.
 
-    Strides of layers, blocks, heads and slots count STRIDE_UNIT elements.
+    layer_starts and strides of blocks, heads and slots count LAYER_UNIT and STRIDE_UNIT elements.
     Arguments that change from round to round are not specialised: no round waits for a compiler.
     """
     kv_head = tl.program_id(0) // num_tiles
@@ -133,8 +115,9 @@ def score_kernel(
     tokens = (tl.program_id(0) % num_tiles) * TILE + tl.arange(0, TILE)
     in_region = tokens < tl.load(counts + request * 3) * BLOCK_SIZE
     head = kv_head.to(tl.int64) * GROUP
+    heads = tl.arange(0, GROUP_PAD)
 
-    places = layer * stride_layer + kv_head.to(tl.int64) * stride_head
+    places = tl.load(layer_starts + layer) * LAYER_UNIT + kv_head.to(tl.int64) * stride_head
     places += token_offsets(
         source_blocks + request * num_columns,
         tokens,
@@ -146,10 +129,13 @@ def score_kernel(
         S2,
     )
     row = keys + (places * STRIDE_UNIT)[:, None]
-    query = query_weights + request * query_stride_request + layer * query_stride_layer
-    query += head * query_stride_head
-    total = tl.zeros((TILE, GROUP_PAD), tl.float32)
+    centres += layer * centre_stride_layer + head * centre_stride_head
     norms = norm_weights + layer * norm_stride_layer + head * norm_stride_head
+    turns += request * turn_stride_request + layer * turn_stride_layer
+    # Without tensor cores one head at a time; with them one column of a product each.
+    head_centres = centres + heads[None, :] * centre_stride_head
+    head_norms = norms + heads[None, :] * norm_stride_head
+    total = tl.zeros((TILE, GROUP_PAD), tl.float32)
     for start in tl.static_range(0, ROTARY_DIM // 2, PAIRS_TILE):
         pairs = start + tl.arange(0, PAIRS_TILE)
         present = pairs < ROTARY_DIM // 2
@@ -162,29 +148,48 @@ def score_kernel(
         x = to_float32(x, KEY_FORMAT)
         y = to_float32(y, KEY_FORMAT)
         norm = tl.sqrt(x * x + y * y)
-        total = weighted_sum(
-            total, x, query, query_stride_head, real, present, GROUP, GROUP_PAD, PRECISION
-        )
-        total = weighted_sum(
-            total, y, query, query_stride_head, imag, present, GROUP, GROUP_PAD, PRECISION
-        )
-        total = weighted_sum(
-            total, norm, norms, norm_stride_head, pairs, present, GROUP, GROUP_PAD, PRECISION
-        )
+        cosine = tl.load(turns + 2 * pairs, mask=present, other=0.0)
+        sine = tl.load(turns + 2 * pairs + 1, mask=present, other=0.0)
+        if PRECISION == "sum":
+            for g in tl.static_range(GROUP):
+                own = centres + g * centre_stride_head
+                along, across = turned(own, real, imag, cosine, sine, present)
+                length = tl.load(norms + g * norm_stride_head + pairs, mask=present, other=0.0)
+                terms = x * along[None, :] + y * across[None, :] + norm * length[None, :]
+                total += tl.where(heads[None, :] == g, tl.sum(terms, axis=1)[:, None], 0.0)
+        else:
+            weighs = present[:, None] & (heads < GROUP)[None, :]
+            along, across = turned(
+                head_centres,
+                real[:, None],
+                imag[:, None],
+                cosine[:, None],
+                sine[:, None],
+                weighs,
+            )
+            length = tl.load(head_norms + pairs[:, None], mask=weighs, other=0.0)
+            total = tl.dot(x, along, total, input_precision=PRECISION)
+            total = tl.dot(y, across, total, input_precision=PRECISION)
+            total = tl.dot(norm, length, total, input_precision=PRECISION)
     for start in tl.static_range(ROTARY_DIM, HEAD_DIM, REST_TILE):
         dims = start + tl.arange(0, REST_TILE)
         present = dims < HEAD_DIM
         mask = in_region[:, None] & present[None, :]
         x = tl.load(row + dim_offsets(dims, stride_d1, stride_d2, D2)[None, :], mask, other=0)
         x = to_float32(x, KEY_FORMAT)
-        total = weighted_sum(
-            total, x, query, query_stride_head, dims, present, GROUP, GROUP_PAD, PRECISION
-        )
+        if PRECISION == "sum":
+            for g in tl.static_range(GROUP):
+                plain = tl.load(centres + g * centre_stride_head + dims, mask=present, other=0.0)
+                sums = tl.sum(x * plain[None, :], axis=1)
+                total += tl.where(heads[None, :] == g, sums[:, None], 0.0)
+        else:
+            weighs = present[:, None] & (heads < GROUP)[None, :]
+            plain = tl.load(head_centres + dims[:, None], mask=weighs, other=0.0)
+            total = tl.dot(x, plain, total, input_precision=PRECISION)
 
     if SCALED:
         total *= tl.load(scales + places, mask=in_region, other=0.0)[:, None]
 
-    heads = tl.arange(0, GROUP_PAD)
     out = scores + ((request * tl.num_programs(1) + layer) * num_heads + head) * num_tokens
     tl.store(
         out + heads[None, :].to(tl.int64) * num_tokens + tokens[:, None],
@@ -196,23 +201,18 @@ def score_kernel(
 def score(
     kv: PagedKV,
     batch: RoundBatch,
-    query_weights: Tensor,
+    centres: Tensor,
     norm_weights: Tensor,
+    turns: Tensor,
     interleaved: bool,
     rotary_dim: int,
 ) -> Tensor:
     """See ``triattention_kernels.score.score``. One launch; weights and sums are float32.
 
-    Moves ``traffic.score_traffic`` bytes: every key of the regions once. Query and norm weights
-    (L * H * 1.5 D floats a request) come from L2.
+    Moves ``traffic.score_traffic`` bytes: every key of the regions once. Each program turns the
+    centres of its heads itself; those, the norm weights and the turns come from L2.
     """
-    for name, weights in (("query_weights", query_weights), ("norm_weights", norm_weights)):
-        if weights.dtype != torch.float32 or weights.stride(-1) != 1:
-            raise ArgumentError(
-                f"{name} is {weights.dtype} with strides {list(weights.stride())}; the triton"
-                " implementation takes float32 with contiguous head dims: cast it, or choose"
-                ' implementation="torch"'
-            )
+    check_weights(centres, norm_weights, turns)
     key_format = KEY_FORMATS.get(kv.keys.dtype)
     if key_format is None:
         raise ArgumentError(
@@ -223,28 +223,32 @@ def score(
     # Scales lie among the one-byte numbers, four of which are as long as one of them. Strides in
     # this unit also tell the compiler that four numbers can be loaded at once.
     unit = 1 if kv.scales is None else 4
-    num_requests, num_layers, num_heads, head_dim = query_weights.shape
+    num_layers, num_heads, head_dim = centres.shape
     num_columns = batch.source_blocks.shape[1]
     num_tokens = num_columns * kv.block_size
-    scores = query_weights.new_empty(num_requests, num_layers, num_heads, num_tokens)
+    scores = centres.new_empty(batch.num_requests, num_layers, num_heads, num_tokens)
     constants = score_constants(num_heads // kv.num_kv_heads, head_dim, rotary_dim)
     num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
-    score_kernel[(num_tiles * kv.num_kv_heads, num_layers, num_requests)](
+    parts = torch.view_as_real(turns)
+    score_kernel[(num_tiles * kv.num_kv_heads, num_layers, batch.num_requests)](
         keys,
         keys if kv.scales is None else kv.scales.keys,
+        kv.layer_starts,
         batch.source_blocks,
         batch.counts,
-        query_weights,
+        centres,
         norm_weights,
+        parts,
         scores,
         num_tiles,
         num_tokens,
         num_columns,
         num_heads,
-        *(stride // unit for stride in keys.stride()[:5]),
+        *(stride // unit for stride in keys.stride()[1:5]),
         *keys.stride()[5:],
-        *query_weights.stride()[:3],
+        *centres.stride()[:2],
         *norm_weights.stride()[:2],
+        *parts.stride()[:2],
         BLOCK_SIZE=kv.block_size,
         HEAD_DIM=head_dim,
         ROTARY_DIM=rotary_dim,
@@ -252,12 +256,28 @@ def score(
         S2=kv.keys.shape[4],
         D2=kv.keys.shape[6],
         KEY_FORMAT=key_format,
+        LAYER_UNIT=kv.layer_unit // (keys.itemsize * unit),
         STRIDE_UNIT=unit,
         SCALED=kv.scales is not None,
         **constants,
         num_warps=4,
     )
     return scores
+
+
+def check_weights(centres: Tensor, norm_weights: Tensor, turns: Tensor) -> None:
+    """Raise ArgumentError for what the kernel does not read."""
+    for name, weights, dtype in (
+        ("centres", centres, torch.float32),
+        ("norm_weights", norm_weights, torch.float32),
+        ("turns", turns, torch.complex64),
+    ):
+        if weights.dtype != dtype or weights.stride(-1) != 1:
+            raise ArgumentError(
+                f"{name} is {weights.dtype} with strides {list(weights.stride())}; the triton"
+                f" implementation takes {dtype} with a contiguous last dimension: cast it, or"
+                ' choose implementation="torch"'
+            )
 
 
 def score_constants(group: int, head_dim: int, rotary_dim: int) -> dict[str, int | str]:

@@ -62,13 +62,13 @@ class RoundShape:
 
 
 def score_traffic(shape: RoundShape) -> Traffic:
-    """Reads every key once (R L H_kv T D elements, with its scale), the weights (R L H D + L H F
-    floats) and the block ids; writes R L H T scores.
+    """Reads every key once (R L H_kv T D elements, with its scale), centres and norm weights
+    (L H (D + F) floats), turns (R L 2F floats) and the block ids; writes R L H T scores.
     """
     rows = shape.num_requests * shape.num_layers
     keys = rows * shape.num_kv_heads * shape.num_tokens * shape.row_bytes
-    weights = rows * shape.num_heads * shape.head_dim
-    weights += shape.num_layers * shape.num_heads * shape.rotary_dim // 2
+    heads = shape.num_layers * shape.num_heads
+    weights = heads * (shape.head_dim + shape.rotary_dim // 2) + rows * shape.rotary_dim
     blocks = shape.num_requests * shape.num_source_blocks * TOKEN_BYTES
     scores = rows * shape.num_heads * shape.num_tokens * SCORE_BYTES
     return Traffic(keys + weights * SCORE_BYTES + blocks, scores)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from score_oracle import random_weights
 from triattention_kernels import ArgumentError, PagedKV, RoundBatch, compact, score, select
 
 BATCH = RoundBatch(
@@ -40,7 +41,7 @@ def make_kv(dtype: torch.dtype = torch.float32) -> PagedKV:
 def test_an_impossible_batch_is_refused_by_every_operation(message):
     batch = replace(BATCH, **BAD_BATCHES[message])
     with pytest.raises(ArgumentError, match=message):
-        score(make_kv(), batch, torch.zeros(2, 2, 4, 8), torch.zeros(2, 4, 4), False, 8)
+        score(make_kv(), batch, *random_weights((2, 2, 4, 8), 8), False, 8)
     with pytest.raises(ArgumentError, match=message):
         select(torch.zeros(2, 2, 4, 12), batch, 4, 2, "per_head")
     with pytest.raises(ArgumentError, match=message):
@@ -48,29 +49,39 @@ def test_an_impossible_batch_is_refused_by_every_operation(message):
 
 
 @pytest.mark.parametrize(
-    ("message", "query_shape", "norm_shape", "rotary_dim"),
+    ("message", "shapes", "rotary_dim"),
     [
-        ("query_weights has shape", (2, 1, 4, 8), (2, 4, 4), 8),
-        ("query_weights has shape", (1, 2, 4, 8), (2, 4, 4), 8),
-        ("3 query heads cannot be grouped over 2 KV heads", (2, 2, 3, 8), (2, 3, 4), 8),
-        (r"norm_weights has shape \[2, 4, 3\]; \[2, 4, 4\]", (2, 2, 4, 8), (2, 4, 3), 8),
-        ("rotary_dim is 7", (2, 2, 4, 8), (2, 4, 3), 7),
-        ("rotary_dim is 10", (2, 2, 4, 8), (2, 4, 5), 10),
+        ("centres has shape", ((1, 4, 8), (2, 4, 4), (2, 2, 4)), 8),
+        ("centres has shape", ((2, 2, 4, 8), (2, 4, 4), (2, 2, 4)), 8),
+        (
+            "3 query heads cannot be grouped over 2 KV heads",
+            ((2, 3, 8), (2, 3, 4), (2, 2, 4)),
+            8,
+        ),
+        (
+            r"norm_weights has shape \[2, 4, 3\]; \[2, 4, 4\]",
+            ((2, 4, 8), (2, 4, 3), (2, 2, 4)),
+            8,
+        ),
+        (r"turns has shape \[1, 2, 4\]; \[2, 2, 4\]", ((2, 4, 8), (2, 4, 4), (1, 2, 4)), 8),
+        (r"turns has shape \[2, 2, 3\]; \[2, 2, 4\]", ((2, 4, 8), (2, 4, 4), (2, 2, 3)), 8),
+        ("rotary_dim is 7", ((2, 4, 8), (2, 4, 3), (2, 2, 3)), 7),
+        ("rotary_dim is 10", ((2, 4, 8), (2, 4, 5), (2, 2, 5)), 10),
     ],
 )
-def test_weights_that_do_not_fit_the_cache_are_refused(
-    message, query_shape, norm_shape, rotary_dim
-):
+def test_weights_that_do_not_fit_the_cache_are_refused(message, shapes, rotary_dim):
+    centres, norms = (torch.zeros(shape) for shape in shapes[:2])
+    turns = torch.zeros(shapes[2], dtype=torch.complex64)
     with pytest.raises(ArgumentError, match=message):
-        score(
-            make_kv(), BATCH, torch.zeros(query_shape), torch.zeros(norm_shape), False, rotary_dim
-        )
+        score(make_kv(), BATCH, centres, norms, turns, False, rotary_dim)
 
 
-def test_weights_of_a_half_precision_dtype_are_refused():
-    query = torch.zeros(2, 2, 4, 8, dtype=torch.bfloat16)
-    with pytest.raises(ArgumentError, match="query_weights is bfloat16"):
-        score(make_kv(), BATCH, query, torch.zeros(2, 4, 4), False, 8)
+def test_weights_of_another_dtype_are_refused():
+    centres, norms, turns = random_weights((2, 2, 4, 8), 8)
+    with pytest.raises(ArgumentError, match="centres is bfloat16"):
+        score(make_kv(), BATCH, centres.bfloat16(), norms, turns, False, 8)
+    with pytest.raises(ArgumentError, match="turns is complex64; allowed are complex128"):
+        score(make_kv(), BATCH, centres.double(), norms, turns, False, 8)
 
 
 def test_scores_or_tokens_of_a_wrong_shape_are_refused():

@@ -68,14 +68,25 @@ def make_batch(num_requests: int = NUM_REQUESTS, num_blocks: int = 136) -> Round
     )
 
 
+def make_weights(
+    num_requests: int, num_layers: int, num_heads: int, head_dim: int, rotary_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    turns = torch.empty(num_requests, 1, rotary_dim // 2, dtype=torch.complex64)
+    return (
+        torch.empty(num_layers, num_heads, head_dim),
+        torch.empty(num_layers, num_heads, rotary_dim // 2),
+        turns.expand(-1, num_layers, -1),
+    )
+
+
 def round_launches(
     kv: PagedKV, batch: RoundBatch, num_heads: int, mode: str, fills_holes: bool = False
 ) -> list[Launch]:
     """The launches of one batch of rounds, and nothing else."""
-    shape = (batch.num_requests, kv.num_layers, num_heads, kv.head_dim)
-    norms = torch.empty(kv.num_layers, num_heads, kv.head_dim // 2)
+    sizes = (batch.num_requests, kv.num_layers, num_heads, kv.head_dim)
+    weights = make_weights(*sizes, rotary_dim=kv.head_dim // 2 * 2)
     with recorded(*KERNEL_MODULES) as launches:
-        scores = score_triton.score(kv, batch, torch.empty(shape), norms, False, kv.head_dim)
+        scores = score_triton.score(kv, batch, *weights, False, kv.head_dim // 2 * 2)
         kept = select_triton.select(scores, batch, kv.block_size, kv.num_kv_heads, mode)
         if fills_holes:
             kept = fill_holes_triton.fill_holes(kept, batch, kv.block_size)
@@ -174,10 +185,9 @@ def test_every_kind_of_score_compiles(for_target, dtype, group, head_dim, rotary
         kv = PagedKV.from_scaled_blocks(blocks, dtype)
     else:
         kv = PagedKV.from_blocks(torch.empty(2, 100, 8, 16, 2 * head_dim, dtype=dtype))
-    norms = torch.empty(2, 8 * group, rotary_dim // 2)
-    query = torch.empty(NUM_REQUESTS, 2, 8 * group, head_dim)
+    weights = make_weights(NUM_REQUESTS, 2, 8 * group, head_dim, rotary_dim)
     with recorded(score_triton) as launches:
-        score_triton.score(kv, make_batch(), query, norms, interleaved, rotary_dim)
+        score_triton.score(kv, make_batch(), *weights, interleaved, rotary_dim)
     assert launches[0].compiled(for_target).spilled == 0
 
 

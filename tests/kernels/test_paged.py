@@ -69,10 +69,10 @@ def test_rocm_packing_by_offsets(dtype, group):
         )
 
 
-def test_stacked_layers_are_one_view_of_their_storage():
+def test_equally_spaced_layers_are_stacked_as_one_view_of_their_storage():
     storage = torch.zeros(3 * 40)
     layers = [storage[10 + 40 * idx : 34 + 40 * idx].view(2, 12)[:, :6] for idx in range(3)][:2]
-    stacked = stack_layers(layers)
+    (stacked,) = stack_layers(layers)
     assert stacked.shape == (2, 2, 6)
     stacked[1, 1, 5] = 7.0
     assert layers[1][1, 5] == 7.0
@@ -81,19 +81,22 @@ def test_stacked_layers_are_one_view_of_their_storage():
 
 def test_one_layer_can_be_stacked():
     layer = torch.randn(2, 3)
-    stacked = stack_layers([layer])
+    (stacked,) = stack_layers([layer])
     assert torch.equal(stacked[0], layer)
     assert stacked.data_ptr() == layer.data_ptr()
 
 
-def test_layers_that_are_not_equally_spaced_are_refused():
-    storage = torch.zeros(100)
-    with pytest.raises(ArgumentError, match=r"start at elements \[0, 10, 30\]"):
-        stack_layers([storage[0:4], storage[10:14], storage[30:34]])
-    with pytest.raises(ArgumentError, match="ascending"):
-        stack_layers([storage[10:14], storage[0:4]])
-    with pytest.raises(ArgumentError, match="ascending"):
-        stack_layers([storage[10:14], storage[10:14]])
+def test_other_layers_are_stacked_as_far_as_they_are_equally_spaced():
+    storage, other = torch.arange(100.0), torch.arange(100.0, 200.0)
+    starts = (0, 10, 20, 50, 40, 30, 30)
+    layers = [storage[start : start + 4] for start in starts] + [other[30:34], other[34:38]]
+    stacks = stack_layers(layers)
+    assert [len(stack) for stack in stacks] == [3, 1, 1, 1, 1, 2]
+    assert torch.equal(torch.cat(stacks), torch.stack(layers))
+    assert {stack.untyped_storage().data_ptr() for stack in stacks} == {
+        storage.data_ptr(),
+        other.data_ptr(),
+    }
 
 
 def test_layers_that_are_not_alike_are_refused():
@@ -104,10 +107,31 @@ def test_layers_that_are_not_alike_are_refused():
         stack_layers([storage[0:8:2], storage[10:14]])
     with pytest.raises(ArgumentError, match="layer 1 has"):
         stack_layers([storage[0:4], storage.view(torch.int32)[10:14]])
-    with pytest.raises(ArgumentError, match="another storage"):
-        stack_layers([storage[0:4], torch.zeros(100)[10:14]])
     with pytest.raises(ArgumentError, match="no tensors"):
         stack_layers([])
+
+
+def test_joined_caches_are_one_cache_of_all_their_layers(make_cache):
+    caches = [make_cache("amx", (n, 3, 2, 16, 32), seed=n) for n in (2, 1)]
+    kv = PagedKV.joined([cache.kv for cache in caches])
+    assert (kv.num_layers, kv.num_blocks, kv.num_kv_heads) == (3, 3, 2)
+    seen = [(layers.start, layers.stop) for layers, _ in kv.evenly_spaced()]
+    assert seen == [(0, 2), (2, 3)]
+    assert [part.num_layers for _, part in kv.evenly_spaced(1)] == [1, 1, 1]
+    starts = kv.layer_starts * kv.layer_unit
+    for row, name in zip(starts.tolist(), ("keys", "values"), strict=True):
+        views = [
+            getattr(cache.kv, name)[idx] for cache in caches for idx in range(cache.kv.num_layers)
+        ]
+        assert row == [view.data_ptr() - views[0].data_ptr() for view in views]
+
+
+def test_caches_that_are_not_alike_are_not_joined(make_cache):
+    caches = [make_cache("vec", (1, 3, heads, 16, 32)).kv for heads in (2, 4)]
+    with pytest.raises(ArgumentError, match="cache 1 has .* join only caches that are alike"):
+        PagedKV.joined(caches)
+    with pytest.raises(ArgumentError, match="no caches"):
+        PagedKV.joined([])
 
 
 def test_blocks_of_a_wrong_shape_or_layout_are_refused():

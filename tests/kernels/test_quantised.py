@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from scaled_blocks import LARGEST, compact_scaled, scaled_cache, score_scaled
-from score_oracle import assert_close_by_row, oracle
+from score_oracle import assert_close_by_row, oracle, random_weights
 from torch import Tensor
 from triattention_kernels import ArgumentError, PagedKV, fill_holes, score
 from triton_runs import run_triton
@@ -13,12 +13,6 @@ from triton_runs import run_triton
 LAYOUTS = ("head_major", "token_major", "vec", "amx")
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 SCALED = tuple(LARGEST)
-
-
-def random_weights(shape: tuple[int, int, int, int], rotary_dim: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    query = torch.randn(shape, generator=generator)
-    return query, torch.rand((*shape[1:3], rotary_dim // 2), generator=generator)
 
 
 def assert_scaled_scores(cache, dtype, batch, weights, *rope) -> None:
@@ -36,8 +30,9 @@ def test_a_scaled_key_by_hand(make_batch):
     row = torch.cat([numbers[:4], scales[0], numbers[4:], scales[1]])
     batch = make_batch([[0]], [[0]], [0])
     weights = (
-        torch.tensor([1.0, 2.0, 7.0, 0.0]).view(1, 1, 1, 4),
+        torch.tensor([1.0, 2.0, 7.0, 0.0]).view(1, 1, 4),
         torch.tensor([0.5]).view(1, 1, 1),
+        torch.ones(1, 1, 1, dtype=torch.complex64),
     )
     arguments = (row.view(1, 1, 1, 1, 16), torch.int8, batch, *weights, False, 2)
     expected = [[[[0.5 * (1 * 3 + 2 * 4 + 7 * 1 + 0.5 * 5)]]]]
@@ -63,7 +58,8 @@ def test_every_fp8_byte_is_scored_as_the_number_it_stands_for(dtype, make_batch)
     raw = torch.arange(256, dtype=torch.uint8).view(1, 2, 1, 128, 1)
     kv = PagedKV.from_blocks(torch.cat([raw, raw], dim=-1).contiguous().view(dtype))
     batch = make_batch([[0, 1]], [[0]], [0])
-    arguments = (kv, batch, torch.ones(1, 1, 1, 1), torch.ones(1, 1, 0), False, 0)
+    no_turns = torch.ones(1, 1, 0, dtype=torch.complex64)
+    arguments = (kv, batch, torch.ones(1, 1, 1), torch.ones(1, 1, 0), no_turns, False, 0)
     expected = raw.flatten().view(dtype).float()
     for found in (
         score(*arguments),
@@ -140,7 +136,7 @@ def test_scales_move_along(dtype, token_major, moves_forward, shape, make_batch)
 def test_numbers_without_their_scales_are_refused(make_batch):
     """Scores of int8 numbers alone would compare tokens in different units."""
     batch = make_batch([[1]], [[1]], [0])
-    weights = (torch.zeros(1, 2, 4, 8), torch.zeros(2, 4, 4), False, 8)
+    weights = (*random_weights((1, 2, 4, 8), 8), False, 8)
     for dtype in (torch.int8, torch.uint8):
         kv = PagedKV.from_blocks(torch.zeros(2, 6, 2, 4, 16, dtype=dtype))
         with pytest.raises(ArgumentError, match="without a scale for every token and head"):

@@ -4,43 +4,36 @@ import math
 
 import pytest
 import torch
-from score_oracle import assert_close_by_row, oracle
-from torch import Tensor
+from score_oracle import assert_close_by_row, oracle, random_weights
 from triattention_kernels import PagedKV, score, score_torch
 
 LAYOUTS = ("head_major", "token_major", "vec", "amx")
 
 
-def random_weights(
-    shape: tuple[int, int, int, int], rotary_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    query = torch.randn(shape, generator=generator, dtype=torch.float64)
-    norm = torch.rand((*shape[1:3], rotary_dim // 2), generator=generator, dtype=torch.float64)
-    return query.to(dtype), norm.to(dtype)
-
-
 def test_the_score_of_one_key_by_hand(make_batch):
     blocks = torch.tensor([3.0, 4.0, 9.0, 9.0]).view(1, 1, 1, 1, 4)
     batch = make_batch([[0]], [[0]], [0])
-    query_weights = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)
-    norm_weights = torch.tensor([0.5]).view(1, 1, 1)
+    centres = torch.tensor([1.0, 2.0]).view(1, 1, 2)
+    norms = torch.tensor([0.5]).view(1, 1, 1)
+    turns = torch.tensor([1.0, 1j]).view(2, 1, 1, 1)
     kv = PagedKV.from_blocks(blocks)
-    rotated = score(kv, batch, query_weights, norm_weights, False, 2)
+    rotated = score(kv, batch, centres, norms, turns[0], False, 2)
     assert rotated.tolist() == [[[[1 * 3 + 2 * 4 + 0.5 * 5]]]]
-    unrotated = score(kv, batch, query_weights, norm_weights[..., :0], False, 0)
+    by_a_quarter = score(kv, batch, centres, norms, turns[1], False, 2)  # (1 + 2i) i = -2 + i
+    assert by_a_quarter.tolist() == [[[[-2 * 3 + 1 * 4 + 0.5 * 5]]]]
+    unrotated = score(kv, batch, centres, norms[..., :0], turns[1, ..., :0], False, 0)
     assert unrotated.tolist() == [[[[1 * 3 + 2 * 4]]]]
 
 
 def test_pairs_are_halves_or_neighbours_by_hand(make_batch):
     blocks = torch.tensor([3.0, 6.0, 4.0, 8.0, 0, 0, 0, 0]).view(1, 1, 1, 1, 8)
     batch = make_batch([[0]], [[0]], [0])
-    query_weights = torch.zeros(1, 1, 1, 4)
-    norm_weights = torch.tensor([1.0, 100.0]).view(1, 1, 2)
+    norms = torch.tensor([1.0, 100.0]).view(1, 1, 2)
+    weights = (torch.zeros(1, 1, 4), norms, torch.ones(1, 1, 2, dtype=torch.complex64))
     kv = PagedKV.from_blocks(blocks)
-    halves = score(kv, batch, query_weights, norm_weights, False, 4).item()
+    halves = score(kv, batch, *weights, False, 4).item()
     assert halves == 5.0 + 100 * 10.0
-    neighbours = score(kv, batch, query_weights, norm_weights, True, 4).item()
+    neighbours = score(kv, batch, *weights, True, 4).item()
     assert neighbours == pytest.approx(math.sqrt(45) + 100 * math.sqrt(80), rel=1e-6)
 
 
@@ -53,8 +46,8 @@ def test_scores_agree_with_complex_arithmetic(
     cache = make_cache(layout, (2, 5, 2, 16, 32))
     batch = make_batch([[3, 1], [4]], [[2], [1]], [5, 0])
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
-        query_weights, norm_weights = random_weights((2, 2, 6, 32), rotary_dim, dtype)
-        arguments = (batch, query_weights, norm_weights, interleaved, rotary_dim)
+        weights = random_weights((2, 2, 6, 32), rotary_dim, dtype)
+        arguments = (batch, *weights, interleaved, rotary_dim)
         found = score(cache.kv, *arguments)
         assert found.dtype == dtype
         assert_close_by_row(found, oracle(cache.dense()[0], *arguments), tolerance)
@@ -65,9 +58,9 @@ def test_scores_agree_with_complex_arithmetic(
 def test_half_precision_keys_are_cast_before_the_arithmetic(layout, dtype, make_cache, make_batch):
     cache = make_cache(layout, (2, 4, 2, 16, 32), dtype)
     batch = make_batch([[3, 1]], [[2]], [0])
-    query_weights, norm_weights = random_weights((1, 2, 4, 32), 32, torch.float32)
-    found = score(cache.kv, batch, query_weights, norm_weights, False, 32)
-    expected = oracle(cache.dense()[0].double(), batch, query_weights, norm_weights, False, 32)
+    arguments = (batch, *random_weights((1, 2, 4, 32), 32), False, 32)
+    found = score(cache.kv, *arguments)
+    expected = oracle(cache.dense()[0].double(), *arguments)
     assert_close_by_row(found, expected, 1e-5)
 
 
@@ -77,10 +70,8 @@ def test_odd_sizes_and_size_one_are_scored(shape, make_cache, make_batch):
     cache = make_cache("head_major", shape)
     batch = make_batch([list(range(1, num_blocks))], [[1]], [0])
     for group in (1, 3):
-        query_weights, norm_weights = random_weights(
-            (1, num_layers, num_kv_heads * group, head_dim), head_dim, torch.float32
-        )
-        arguments = (batch, query_weights, norm_weights, False, head_dim)
+        size = (1, num_layers, num_kv_heads * group, head_dim)
+        arguments = (batch, *random_weights(size, head_dim), False, head_dim)
         expected = oracle(cache.dense()[0], *arguments)
         assert_close_by_row(score(cache.kv, *arguments), expected, 1e-5)
 
@@ -88,13 +79,12 @@ def test_odd_sizes_and_size_one_are_scored(shape, make_cache, make_batch):
 def test_requests_of_a_batch_do_not_touch_each_other(make_cache, make_batch):
     cache = make_cache("vec", (2, 8, 2, 16, 32))
     sources = [[1, 2, 3], [4], [5, 6]]
-    query_weights, norm_weights = random_weights((3, 2, 4, 32), 32, torch.float32)
+    *weights, turns = random_weights((3, 2, 4, 32), 32)
     batch = make_batch(sources, [[1], [4], [5]], [0, 0, 0])
-    together = score(cache.kv, batch, query_weights, norm_weights, False, 32)
+    together = score(cache.kv, batch, *weights, turns, False, 32)
     for idx, source in enumerate(sources):
         alone = make_batch([source], [source[:1]], [0])
-        query = query_weights[idx : idx + 1]
-        found = score(cache.kv, alone, query, norm_weights, False, 32)
+        found = score(cache.kv, alone, *weights, turns[idx : idx + 1], False, 32)
         assert torch.equal(found[0], together[idx, ..., : found.shape[-1]])
         assert together[idx, ..., found.shape[-1] :].isneginf().all()
 
@@ -102,7 +92,7 @@ def test_requests_of_a_batch_do_not_touch_each_other(make_cache, make_batch):
 def test_the_size_of_a_tile_does_not_matter(make_cache, make_batch, monkeypatch):
     cache = make_cache("amx", (2, 8, 2, 16, 32), torch.bfloat16)
     batch = make_batch([[1, 2, 3, 6, 5]], [[1]], [0])
-    arguments = (*random_weights((1, 2, 4, 32), 32, torch.float32), True, 32)
+    arguments = (*random_weights((1, 2, 4, 32), 32), True, 32)
     whole = score(cache.kv, batch, *arguments)
     monkeypatch.setattr(score_torch, "TILE_ELEMENTS", 2 * 2 * 2 * 16 * 32)
     assert_close_by_row(score(cache.kv, batch, *arguments), whole.double(), 1e-6)
@@ -111,7 +101,7 @@ def test_the_size_of_a_tile_does_not_matter(make_cache, make_batch, monkeypatch)
 def test_a_uniform_factor_on_the_keys_keeps_the_order(make_cache, make_batch):
     cache = make_cache("head_major", (1, 3, 1, 16, 16))
     batch = make_batch([[1, 2]], [[1]], [0])
-    arguments = (batch, *random_weights((1, 1, 1, 16), 16, torch.float32), False, 16)
+    arguments = (batch, *random_weights((1, 1, 1, 16), 16), False, 16)
     before = score(cache.kv, *arguments)
     cache.blocks.mul_(4.0)
     assert torch.equal(score(cache.kv, *arguments), 4.0 * before)

@@ -19,12 +19,11 @@ NEXT_QUERY_POSITION = 5000
 OFFSETS = [1 << exponent for exponent in range(17)]
 
 
-def fold(centre: Tensor, frequencies: Tensor) -> Tensor:
-    """Query weights [1, L, H, D] float64: the centres at the mean over future positions."""
+def mean_turn(frequencies: Tensor) -> Tensor:
+    """[1, L, F] complex128: the mean over future positions."""
     positions = NEXT_QUERY_POSITION + torch.tensor(OFFSETS, dtype=torch.float64)
     phases = positions[:, None] * frequencies
-    weights = centre * torch.polar(torch.ones_like(phases), phases).mean(dim=0)
-    return torch.cat((weights.real, weights.imag), dim=-1)[None]
+    return torch.polar(torch.ones_like(phases), phases).mean(dim=0).expand(1, 2, -1)
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="shared/data/golden is not beside the repository")
@@ -34,17 +33,17 @@ def test_scores_equal_the_published_ones(make_batch):
     blocks = torch.cat((keys, keys), dim=-1).unflatten(2, (6, 16)).transpose(1, 2)
     kv = PagedKV.from_blocks(blocks)
     centre = torch.complex(golden["q_mean_real"].double(), golden["q_mean_imag"].double())
-    norm_weights = golden["q_abs_mean"].double() - centre.abs()
+    centres = torch.cat((centre.real, centre.imag), dim=-1)
+    norms = golden["q_abs_mean"].double() - centre.abs()
     batch = make_batch([[0, 1, 2, 3, 4, 5]], [[0]], [0])
 
     exact_frequencies = 1e6 ** (-torch.arange(64, dtype=torch.float64) / 64)
-    query_weights = fold(centre, exact_frequencies)
-    exact = score(kv, batch, query_weights, norm_weights, False, 128)[0]
+    exact = score(kv, batch, centres, norms, mean_turn(exact_frequencies), False, 128)[0]
     expected = golden["scores_fp64"]
     scale = expected.abs().amax(dim=-1, keepdim=True)
     assert ((exact - expected).abs() <= 1e-6 * scale).all()
 
-    query_weights = fold(centre, golden["inv_freq"].double()).float()
-    single = score(kv, batch, query_weights, norm_weights.float(), False, 128)[0]
+    turns = mean_turn(golden["inv_freq"].double()).to(torch.complex64)
+    single = score(kv, batch, centres.float(), norms.float(), turns, False, 128)[0]
     expected = golden["scores_per_query_head"]
     assert ((single - expected).abs() <= 1e-4 * scale).all()

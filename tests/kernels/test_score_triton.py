@@ -3,6 +3,7 @@
 import pytest
 import torch
 from far_blocks import SHAPE
+from score_oracle import random_weights
 from torch import Tensor
 from triattention_kernels import ArgumentError, PagedKV, RoundBatch, score
 from triton_runs import run_triton
@@ -10,24 +11,20 @@ from triton_runs import run_triton
 LAYOUTS = ("head_major", "token_major", "vec", "amx")
 
 
-def random_weights(shape: tuple[int, int, int, int], rotary_dim: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    query = torch.randn(shape, generator=generator)
-    return query, torch.rand((*shape[1:3], rotary_dim // 2), generator=generator)
-
-
 def triton_score(*arguments) -> Tensor:
     found, _ = run_triton("triattention_kernels:score", *arguments, implementation="triton")
     return found
 
 
-def assert_no_worse_than_torch(kv: PagedKV, batch: RoundBatch, query, norms, *rope) -> Tensor:
+def assert_no_worse_than_torch(kv: PagedKV, batch: RoundBatch, *arguments) -> Tensor:
     """Root mean square of the errors; sums in another order err differently, by a quarter at
     most once some hundred are taken together.
     """
-    found = triton_score(kv, batch, query, norms, *rope)
-    truth = score(kv, batch, query.double(), norms.double(), *rope)
-    plain = score(kv, batch, query, norms, *rope)
+    centres, norms, turns, *rope = arguments
+    wide = (centres.double(), norms.double(), turns.to(torch.complex128))
+    found = triton_score(kv, batch, *arguments)
+    truth = score(kv, batch, *wide, *rope)
+    plain = score(kv, batch, *arguments)
     assert found.shape == truth.shape
     assert found.dtype == torch.float32
     assert torch.equal(found.isneginf(), truth.isneginf())
@@ -101,10 +98,11 @@ def test_keys_at_positions_of_a_million_are_scored_exactly_enough(make_batch):
     mean = torch.stack(turns).mean(0)
     expected = ((centre * mean)[:, None] * keys.conj()).real.sum(-1)
     expected += (rest.abs()[:, None] * keys.abs()).sum(-1)
-    weights = torch.cat([(centre * mean).real, (centre * mean).imag], dim=-1).float()
+    centres = torch.cat([centre.real, centre.imag], dim=-1).float()[None]
     blocks = torch.cat([cached, cached], dim=-1).view(1, 4, 1, 16, 4 * num_frequencies)
     batch = make_batch([[0, 1, 2, 3]], [[0]], [0])
-    arguments = (weights[None, None], rest.abs().float()[None], False, 2 * num_frequencies)
+    weights = (centres, rest.abs().float()[None], mean.to(torch.complex64)[None, None])
+    arguments = (*weights, False, 2 * num_frequencies)
     kv = PagedKV.from_blocks(blocks)
     for found in (score(kv, batch, *arguments), triton_score(kv, batch, *arguments)):
         error = (found[0, 0].double() - expected).abs().amax(-1)
@@ -125,12 +123,12 @@ def test_odd_sizes_and_size_one_are_scored(shape, group, make_cache, make_batch)
 def test_requests_of_a_batch_do_not_touch_each_other(make_cache, make_batch):
     cache = make_cache("head_major", (2, 8, 2, 16, 32))
     sources = [[1, 2, 3], [4], [5, 6]]
-    query, norms = random_weights((3, 2, 8, 32), 32)
+    *weights, turns = random_weights((3, 2, 8, 32), 32)
     batch = make_batch(sources, [[1], [4], [5]], [0, 0, 0])
-    together = triton_score(cache.kv, batch, query, norms, False, 32)
+    together = triton_score(cache.kv, batch, *weights, turns, False, 32)
     for idx, source in enumerate(sources):
         alone = make_batch([source], [source[:1]], [0])
-        found = triton_score(cache.kv, alone, query[idx : idx + 1], norms, False, 32)
+        found = triton_score(cache.kv, alone, *weights, turns[idx : idx + 1], False, 32)
         assert torch.equal(found[0], together[idx, ..., : found.shape[-1]])
         assert together[idx, ..., found.shape[-1] :].isneginf().all()
 
@@ -149,10 +147,10 @@ def test_a_key_of_nan_spoils_its_own_token_only(make_cache, make_batch):
 def test_offsets_pass_the_range_of_32_bits(is_layer):
     generator = torch.Generator().manual_seed(2)
     content = torch.randn(SHAPE, generator=generator).to(torch.float8_e5m2)
-    query = torch.arange(48.0).view(1, 3, 1, 16)
-    (scores, moved), _ = run_triton("far_blocks:far_round", content, query, is_layer)
+    centres = torch.arange(48.0).view(3, 1, 16)
+    (scores, moved), _ = run_triton("far_blocks:far_round", content, centres, is_layer)
     keys = content[:, 2, 0, :, :16].float()
-    assert torch.allclose(scores[0, :, 0], (keys * query[0]).sum(dim=-1), rtol=1e-5)
+    assert torch.allclose(scores[0, :, 0], (keys * centres).sum(dim=-1), rtol=1e-5)
     expected = content.view(torch.uint8)[:, [2, 1, 2]]
     assert torch.equal(moved, expected)
 
@@ -160,10 +158,13 @@ def test_offsets_pass_the_range_of_32_bits(is_layer):
 def test_weights_that_triton_does_not_take_are_refused(make_cache, make_batch):
     cache = make_cache("head_major", (1, 3, 1, 16, 32))
     batch = make_batch([[1, 2]], [[1]], [0])
-    query, norms = random_weights((1, 1, 4, 32), 32)
-    for bad in (query.double(), query.transpose(2, 3).contiguous().transpose(2, 3)):
-        with pytest.raises(ArgumentError, match="query_weights is .* float32 with contiguous"):
-            triton_score(cache.kv, batch, bad, norms, False, 32)
+    centres, *others = random_weights((1, 1, 4, 32), 32)
+    wide = random_weights((1, 1, 4, 32), 32, torch.float64)
+    with pytest.raises(ArgumentError, match=r"centres is torch.float64 .* takes torch.float32"):
+        triton_score(cache.kv, batch, *wide, False, 32)
+    spread = centres.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ArgumentError, match="centres is .* with a contiguous last dimension"):
+        triton_score(cache.kv, batch, spread, *others, False, 32)
 
 
 def test_triton_on_the_cpu_is_refused_and_never_replaced(make_cache, make_batch, monkeypatch):

@@ -29,7 +29,7 @@ MODES = ("per_head", "per_layer_per_head", "union")
 
 def test_scores_by_hand():
     keys = 2 * 2 * 12 * 8 * 2  # layers, KV heads, tokens, dims, bytes
-    weights = (2 * 4 * 8 + 2 * 4 * 4) * 4  # w and e
+    weights = (2 * 4 * 8 + 2 * 4 * 4 + 2 * 2 * 4) * 4  # centres, e and turns
     found = score_traffic(SMALL)
     assert found.read == keys + weights + 3 * 8
     assert found.written == 2 * 4 * 12 * 4
@@ -75,9 +75,9 @@ def test_a_round_of_thirty_two_requests_is_mostly_keys_and_values():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_traffic_grows_with_the_number_of_requests_alone(mode):
-    """Only the norm weights are read once for all requests."""
+    """Only centres and norm weights are read once for all requests."""
     doubled = replace(QWEN3_8B, num_requests=64)
-    shared = 36 * 32 * 64 * 4
+    shared = 36 * 32 * (128 + 64) * 4
     assert score_traffic(doubled).read + shared == 2 * score_traffic(QWEN3_8B).read
     assert score_traffic(doubled).written == 2 * score_traffic(QWEN3_8B).written
     for model in (select_traffic, compact_traffic, fill_holes_traffic):

@@ -12,7 +12,7 @@ SHAPE = (3, 3, 1, 4, 32)  # L, blocks, H_kv, block size, 2 * D
 FAR = 2**30 + 16  # fits in 32 bits; twice as far does not
 
 
-def far_round(content: Tensor, query_weights: Tensor, is_layer: bool) -> tuple[Tensor, Tensor]:
+def far_round(content: Tensor, centres: Tensor, is_layer: bool) -> tuple[Tensor, Tensor]:
     """Scores of block 2, and the cache after block 2 was copied to block 0.
 
     content: fp8 of SHAPE, stored with FAR bytes between the layers, or else between the blocks.
@@ -27,7 +27,8 @@ def far_round(content: Tensor, query_weights: Tensor, is_layer: bool) -> tuple[T
     batch = RoundBatch(source, destination, (1,), (1,), (0,))
     kv = PagedKV.from_blocks(blocks.view(content.dtype))
     no_norms = torch.zeros(SHAPE[0], 1, 0, device=device)
-    scores = score_triton.score(kv, batch, query_weights, no_norms, False, 0)
+    no_turns = torch.zeros(1, SHAPE[0], 0, device=device, dtype=torch.complex64)
+    scores = score_triton.score(kv, batch, centres, no_norms, no_turns, False, 0)
     kept = torch.arange(SHAPE[3], device=device).expand(1, SHAPE[0], 1, SHAPE[3])
     compact_triton.compact(kv, batch, kept)
     return scores, blocks.contiguous()

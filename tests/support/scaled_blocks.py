@@ -52,15 +52,17 @@ def score_scaled(
     blocks: Tensor,
     dtype: torch.dtype,
     batch: RoundBatch,
-    query_weights: Tensor,
+    centres: Tensor,
     norm_weights: Tensor,
+    turns: Tensor,
     interleaved: bool,
     rotary_dim: int,
     implementation: Implementation,
 ) -> Tensor:
     """``score`` of a scaled cache."""
     kv = PagedKV.from_scaled_blocks(blocks, dtype)
-    return score(kv, batch, query_weights, norm_weights, interleaved, rotary_dim, implementation)
+    weights = (centres, norm_weights, turns)
+    return score(kv, batch, *weights, interleaved, rotary_dim, implementation)
 
 
 def compact_scaled(

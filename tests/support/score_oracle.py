@@ -8,16 +8,31 @@ from torch import Tensor
 from triattention_kernels import RoundBatch
 
 
+def random_weights(
+    shape: tuple[int, int, int, int], rotary_dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres, norm weights and turns of (R, L, H, D); every layer turns by angles of its own."""
+    generator = torch.Generator().manual_seed(1)
+    num_requests, num_layers, num_heads, head_dim = shape
+    heads, frequencies = (num_layers, num_heads), rotary_dim // 2
+    centres = torch.randn(*heads, head_dim, generator=generator, dtype=torch.float64)
+    norms = torch.rand(*heads, frequencies, generator=generator, dtype=torch.float64)
+    size = (num_requests, num_layers, frequencies)
+    turns = torch.randn(size, generator=generator, dtype=torch.complex128)
+    return centres.to(dtype), norms.to(dtype), turns.to(dtype.to_complex())
+
+
 def oracle(
     keys: Tensor,
     batch: RoundBatch,
-    query_weights: Tensor,
+    centres: Tensor,
     norm_weights: Tensor,
+    turns: Tensor,
     interleaved: bool,
     rotary_dim: int,
 ) -> Tensor:
     """Python complex numbers, one key at a time. keys: [L, num_blocks, H_kv, block_size, D]."""
-    num_requests, num_layers, num_heads, head_dim = query_weights.shape
+    num_requests, (num_layers, num_heads, head_dim) = len(turns), centres.shape
     block_size, group = keys.shape[3], num_heads // keys.shape[2]
     num_tokens = batch.source_blocks.shape[1] * block_size
     scores = torch.full(
@@ -29,15 +44,15 @@ def oracle(
         for f in range(num_frequencies)
     ]
     for r, layer, head in product(range(num_requests), range(num_layers), range(num_heads)):
-        weights = query_weights[r, layer, head].tolist()
+        centre, turn = centres[layer, head].tolist(), turns[r, layer].tolist()
         norms = norm_weights[layer, head].tolist()
         for token in range(batch.num_source_blocks[r] * block_size):
             block = int(batch.source_blocks[r, token // block_size])
             key = keys[layer, block, head // group, token % block_size].tolist()
-            terms = [weights[d] * key[d] for d in range(rotary_dim, head_dim)]
-            for (re, im), norm in zip(pairs, norms, strict=True):
+            terms = [centre[d] * key[d] for d in range(rotary_dim, head_dim)]
+            for (re, im), norm, by in zip(pairs, norms, turn, strict=True):
                 rotated = complex(key[re], key[im])
-                weight = complex(weights[re], weights[im])
+                weight = complex(centre[re], centre[im]) * by
                 terms.append((weight * rotated.conjugate()).real + norm * abs(rotated))
             scores[r, layer, head, token] = math.fsum(terms)
     return scores

@@ -15,7 +15,8 @@ def paged_kv(layers: Sequence[Attention], block_size: int) -> PagedKV:
     """Views of all layers' caches, each bound as [num_blocks, heads, block_size, content], without
     a copy; their layout is the backend's (``StoredKV``).
 
-    The layers of a group are equally spaced in one storage (``differences.with_one_allocation``).
+    The layers may lie anywhere; vLLM's are equally spaced in one storage, which the torch triads
+    take at once (``differences.with_one_allocation``).
     block_size: of the KV-cache manager. Where the backend's kernels take smaller blocks, vLLM
     splits each of the manager's and binds views of kernel blocks: block b is then the kernel
     blocks ``b * k`` to ``b * k + k - 1``, with ``k = block_size / kv.block_size``.
@@ -27,7 +28,7 @@ def paged_kv(layers: Sequence[Attention], block_size: int) -> PagedKV:
             f"the layout of attention backend {backend.get_name()} is not known; choose another "
             "with --attention-backend, or start without --kv-compression"
         )
-    kv = backend.paged_kv(_stacked(layers), layers[0])
+    kv = PagedKV.joined([backend.paged_kv(stack, layers[0]) for stack in _stacks(layers)])
     if kv.block_size != block_size and not BLOCKS_ARE_SPLIT_IN_GROUPS:
         raise UnsupportedError(
             f"the attention backend reads blocks of {kv.block_size} tokens and the KV cache is "
@@ -37,12 +38,12 @@ def paged_kv(layers: Sequence[Attention], block_size: int) -> PagedKV:
     return kv
 
 
-def _stacked(layers: Sequence[Attention]) -> Tensor:
-    """[L, num_blocks, heads, block_size, content], a view of all layers' caches."""
+def _stacks(layers: Sequence[Attention]) -> list[Tensor]:
+    """[L_i, num_blocks, heads, block_size, content], views of all layers' caches."""
     try:
         return stack_layers([layer.kv_cache for layer in layers])
     except ArgumentError as error:
         raise UnsupportedError(
-            f"the KV cache of {len(layers)} layers is not laid out evenly ({error}); this model "
-            "cannot be compressed yet, start without --kv-compression"
+            f"the KV caches of {len(layers)} layers are not alike ({error}); this model cannot be "
+            "compressed yet, start without --kv-compression"
         ) from error

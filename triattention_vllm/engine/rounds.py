@@ -57,7 +57,7 @@ class Rounds(ABC):
         plans = [in_kernel_blocks(plan, self.split) for plan in plans]
         sources = [plan.source_blocks for plan in plans]
         destinations = [plan.destination_blocks for plan in plans]
-        size = MAX_BATCH if self.kv.keys.is_cuda else 1
+        size = 1 if self.kv.keys.device.type == "cpu" else MAX_BATCH
         for together in forward_groups(sources, destinations):
             for start in range(together.start, together.stop, size):
                 batch = plans[start : min(start + size, together.stop)]

@@ -16,5 +16,4 @@ class KnormScorer:
 
     def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
         """See ``Scorer.scores``; one score per KV head, float32. Reads K of the regions once."""
-        scales = None if kv.scales is None else kv.scales.keys
-        return -region_norms(kv.keys, scales, batch)
+        return -region_norms(kv, batch, "keys")

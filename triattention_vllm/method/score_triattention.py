@@ -5,14 +5,17 @@
 
 with ``k'`` the key as cached, after RoPE. The mean is linear, so it is taken once:
 
-    c_f(T) = exp(i w_f T) * mean_d exp(i w_f d),    w_f = qbar_f c_f(T),    e_f = a_f - |qbar_f|
-    s(k)   = sum_f Re[w_f conj(k'_f)] + sum_f e_f |k'_f| + ...  =  q_w . k' + sum_f e_f |k'_f|
+    c_f(T) = exp(i w_f T) * mean_d exp(i w_f d),    e_f = a_f - |qbar_f|
+    s(k)   = sum_f Re[qbar_f c_f(T) conj(k'_f)] + sum_f e_f |k'_f| + sum over unrotated d of ...
+
+Of these only ``c_f(T)`` changes from round to round. It is computed on the host, in float64.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from triattention_kernels import PagedKV, RoundBatch, score
 
 from triattention_vllm.errors import StatisticsError
@@ -30,8 +33,9 @@ class TriAttentionScorer:
     Cached keys already carry the attention factor ``m``; the rotated weights carry it as well, as
     the query would, so that rotated and unrotated dims keep their relative weight.
 
-    norm_weights: ``m e_f``, [L, H, F] of this dtype. rotary_dim: ``2F``; a NoPE layer has zeros in
-    its norm weights and the plain mean in its query weights, so the kernel needs no exception.
+    centres: ``m qbar_f`` and ``E[q_d]``, [L, H, D] of this dtype in head-dim order.
+    norm_weights: ``m e_f``, [L, H, F]. rotary_dim: ``2F``; a NoPE layer has zeros in its norm
+        weights, plain means in its centres and turns of 1, so the kernel needs no exception.
 
     Raises StatisticsError where statistics and rotary describe different layers.
     """
@@ -49,40 +53,45 @@ class TriAttentionScorer:
         excess = statistics.magnitude.cpu().double() - centre.abs()
         self.interleaved = rotary.interleaved
         self.rotary_dim = 2 * rotary.num_frequencies
-        self._inv_freq = rotary.inv_freq.cpu()
-        self._offset_mean = mean_turn(self._inv_freq, OFFSETS)
-        self._centre = (factor * centre).to(device)
-        self._unrotated_mean = statistics.unrotated_mean.double().to(device)
-        self._dtype = dtype
+        unrotated = statistics.unrotated_mean.cpu().double()
+        rotated = dims_from_pairs(factor * centre, self.interleaved)
+        centres = unrotated + pad(rotated, (0, unrotated.shape[-1] - self.rotary_dim))
+        self.centres = centres.to(device=device, dtype=dtype)
         self.norm_weights = (factor * excess).to(device=device, dtype=dtype)
+        # Layers mostly share their frequencies: each set of them is turned once.
+        rows = [tuple(row) for row in rotary.inv_freq.tolist()]
+        distinct = list(dict.fromkeys(rows))
+        self._inv_freq = rotary.inv_freq.cpu()[[rows.index(row) for row in distinct]]
+        self._row_of_layer = [distinct.index(row) for row in rows]
+        self._offset_mean = mean_turn(self._inv_freq, OFFSETS)
 
     def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
         """See ``Scorer.scores``; one score per query head."""
         return score(
             kv,
             batch,
-            self.query_weights(boundaries),
+            self.centres,
             self.norm_weights,
+            self.turns(boundaries),
             interleaved=self.interleaved,
             rotary_dim=self.rotary_dim,
         )
 
-    def query_weights(self, boundaries: Sequence[int]) -> Tensor:
-        """``q_w`` for each request's next position ``T``, [R, L, H, D] in head-dim order.
+    def turns(self, boundaries: Sequence[int]) -> Tensor:
+        """``c_f(T)`` for each request's next position ``T``, complex [R, L, F] on the device.
 
-        boundaries: nominal boundaries ``N*``, one per request. Phases are float64. Does not
-        synchronise with the device.
+        boundaries: nominal boundaries ``N*``, one per request. Computed in float64 and rounded
+        once. One copy, which the host does not wait for. Layers may share memory.
         """
         positions = torch.tensor(boundaries, dtype=torch.int64).reshape(-1, 1)
-        fold = phases(self._inv_freq, positions) * self._offset_mean  # [R, L, F]
-        device = self._centre.device
+        turns = phases(self._inv_freq, positions) * self._offset_mean
+        turns = turns.to(self.centres.dtype.to_complex())
+        if len(self._inv_freq) > 1:
+            turns = turns[:, self._row_of_layer]
+        device = self.centres.device
         if device.type == "cuda":
-            fold = fold.pin_memory()  # the host would wait for a copy of other memory
-        pairs = self._centre * fold.unsqueeze(2).to(device, non_blocking=True)  # [R, L, H, F]
-        rotated = dims_from_pairs(pairs, self.interleaved)
-        weights = self._unrotated_mean.repeat(len(boundaries), 1, 1, 1)
-        weights[..., : rotated.shape[-1]] += rotated
-        return weights.to(self._dtype)
+            turns = turns.pin_memory()  # the host would wait for a copy of other memory
+        return turns.to(device, non_blocking=True).expand(-1, len(self.centres), -1)
 
 
 def mean_turn(inv_freq: Tensor, offsets: Sequence[int]) -> Tensor:

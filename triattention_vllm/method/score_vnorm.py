@@ -16,5 +16,4 @@ class VnormScorer:
 
     def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
         """See ``Scorer.scores``; one score per KV head, float32. Reads V of the regions once."""
-        scales = None if kv.scales is None else kv.scales.values
-        return region_norms(kv.values, scales, batch)
+        return region_norms(kv, batch, "values")

@@ -27,23 +27,27 @@ def main(report_file: str) -> None:
     shape = (_NUM_LAYERS, _NUM_BLOCKS, _NUM_KV_HEADS, _BLOCK_SIZE, 2 * _HEAD_DIM)
     blocks = torch.randn(shape, generator=generator)
     num_heads = _NUM_KV_HEADS * _GROUP
-    query = torch.randn(1, _NUM_LAYERS, num_heads, _HEAD_DIM, generator=generator)
+    centres = torch.randn(_NUM_LAYERS, num_heads, _HEAD_DIM, generator=generator)
+    angles = torch.rand(1, _NUM_LAYERS, _HEAD_DIM // 2, generator=generator)
+    turns = torch.polar(torch.ones_like(angles), angles)
     norm = torch.rand(_NUM_LAYERS, num_heads, _HEAD_DIM // 2, generator=generator)
     device = "cuda" if has_gpu else "cpu"
     own, reference = blocks.to(device), blocks.double()
     scores = score(
         PagedKV.from_blocks(own),
         _batch(device),
-        query.to(device),
+        centres.to(device),
         norm.to(device),
+        turns.to(device),
         False,
         _HEAD_DIM,
     )
     expected = score(
         PagedKV.from_blocks(reference),
         _batch("cpu"),
-        query.double(),
+        centres.double(),
         norm.double(),
+        turns.to(torch.complex128),
         False,
         _HEAD_DIM,
         "torch",

@@ -1,0 +1,158 @@
+"""What a whole round does to the device, on tensors without memory.
+
+Such tensors take a GPU's path, and nothing on them can be read: every operation of torch on them
+is seen here, every kernel is recorded instead of run.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from ahead_of_time import recorded
+from triattention_kernels import (
+    PagedKV,
+    compact_triton,
+    fill_holes_triton,
+    score_triton,
+    select_triton,
+)
+
+from triattention_vllm.config import Settings
+from triattention_vllm.engine.kv_manager import RoundPlan
+from triattention_vllm.engine.rounds import MAX_BATCH, DraftRounds, Rounds, TargetRounds
+from triattention_vllm.method.rope import Rotary
+from triattention_vllm.method.score_triattention import TriAttentionScorer
+from triattention_vllm.method.statistics import Fingerprint, Statistics
+
+MODULES = (compact_triton, fill_holes_triton, score_triton, select_triton)
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 8, 2, 32, 16
+ALLOCATIONS = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)
+
+
+class OnDevice(TorchDispatchMode):
+    """Operations with a tensor on the device: copies of host memory that the host does not wait
+    for, and all others that are neither views nor allocations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_copies = 0
+        self.others: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        is_copy = function.overloadpacket is torch.ops.aten._to_copy
+        if not any(tensor.is_meta for tensor in given + made):
+            return result
+        if is_copy and kwargs.get("non_blocking") and not any(tensor.is_meta for tensor in given):
+            self.num_copies += 1
+        elif not function.is_view and function.overloadpacket not in ALLOCATIONS:
+            self.others.append(str(function))
+        return result
+
+
+def make_kv(scattered: bool) -> PagedKV:
+    """The layers in one storage, or each in one of its own."""
+    size = (1 if scattered else NUM_LAYERS, 1000, BLOCK_SIZE, NUM_KV_HEADS, 2 * HEAD_DIM)
+    parts = [
+        PagedKV.from_blocks(torch.empty(size, dtype=torch.bfloat16, device="meta").transpose(2, 3))
+        for _ in range(NUM_LAYERS if scattered else 1)
+    ]
+    return PagedKV.joined(parts)
+
+
+def make_scorer() -> TriAttentionScorer:
+    """Of layers that differ: the second does not rotate, the third has frequencies of its own."""
+    dims = (HEAD_DIM, 0, HEAD_DIM, HEAD_DIM)
+    layers = tuple(range(NUM_LAYERS))
+    model = Fingerprint("Model", layers, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, dims, False, None, None)
+    size = (NUM_LAYERS, NUM_HEADS, HEAD_DIM // 2)
+    plain = torch.zeros(NUM_LAYERS, NUM_HEADS, HEAD_DIM)
+    statistics = Statistics(model, *torch.zeros(2, *size), torch.ones(size), plain, {})
+    inv_freq = torch.ones(NUM_LAYERS, HEAD_DIM // 2, dtype=torch.float64)
+    inv_freq[1], inv_freq[2] = 0.0, 0.5
+    factors = torch.ones(NUM_LAYERS, dtype=torch.float64)
+    return TriAttentionScorer(statistics, Rotary(inv_freq, factors, dims, False), "meta")
+
+
+def make_plans(num_requests: int, moves_forward: bool = True) -> list[RoundPlan]:
+    plans = []
+    for idx in range(num_requests):
+        sources = tuple(range(1 + 10 * idx, 11 + 10 * idx))
+        plans.append(
+            RoundPlan(
+                request_id=str(idx),
+                group_id=0,
+                nominal_boundary=1_000_000 + idx,
+                source_blocks=sources,
+                first_candidate=3,
+                destination_blocks=sources[:6] if moves_forward else sources[3:9],
+                row_start=0,
+                row_blocks=(),
+            )
+        )
+    return plans
+
+
+def make_rounds(compaction: str, selection: str, scattered: bool) -> Iterator[Rounds]:
+    settings = Settings(compaction=compaction, selection=selection)  # type: ignore[arg-type]
+    kv = make_kv(scattered)
+    yield TargetRounds(kv, BLOCK_SIZE, make_scorer(), settings)
+    yield DraftRounds(kv, BLOCK_SIZE)
+
+
+@pytest.mark.parametrize("compaction", ["repack", "fill_holes"])
+@pytest.mark.parametrize("selection", ["per_head", "per_layer_per_head", "union"])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_round_of_many_requests_is_at_most_six_launches_and_nothing_else(
+    compaction: str, selection: str, scattered: bool
+) -> None:
+    for rounds, most_launches, most_copies in zip(
+        make_rounds(compaction, selection, scattered), (6, 1), (4, 4), strict=True
+    ):
+        with recorded(*MODULES):
+            rounds.run(make_plans(1))  # tables that stay are copied with the first round
+        with recorded(*MODULES) as launches, OnDevice() as seen:
+            rounds.run(make_plans(MAX_BATCH))
+        assert seen.others == []
+        assert seen.num_copies <= most_copies
+        assert 0 < len(launches) <= most_launches
+
+
+def test_a_round_through_scratch_memory_is_at_most_six_launches_and_nothing_else() -> None:
+    target, _ = make_rounds("fill_holes", "per_head", scattered=False)
+    with recorded(*MODULES):
+        target.run(make_plans(1))
+    with recorded(*MODULES) as launches, OnDevice() as seen:
+        target.run(make_plans(1, moves_forward=False))
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "score_kernel",
+        "statistics_kernel",
+        "ranking_kernel",
+        "keep_kernel",
+        "compact_kernel",
+        "compact_kernel",
+    ]
+    assert (seen.others, seen.num_copies) == ([], 4)
+
+
+def test_an_operation_on_the_device_would_be_seen() -> None:
+    tensor = torch.empty(3, device="meta")
+    with OnDevice() as seen:
+        tensor.view(3, 1)[1:].mul_(2)
+        tensor.to(torch.float16)
+        torch.zeros(3).to("meta")
+    assert seen.others == ["aten.mul_.Tensor", "aten._to_copy.default", "aten._to_copy.default"]
+    assert seen.num_copies == 0

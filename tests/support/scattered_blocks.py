@@ -1,0 +1,48 @@
+"""Caches whose layers lie in several storages, in another order than the model's.
+
+To be called where the kernels run: distances between storages would not survive a copy.
+"""
+
+import torch
+from torch import Tensor
+from triattention_kernels import Implementation, PagedKV, RoundBatch, compact, score, stack_layers
+
+
+def scattered_round(
+    content: Tensor,
+    gap: int | None,
+    batch: RoundBatch,
+    weights: tuple[Tensor, Tensor, Tensor],
+    kept: Tensor,
+    implementation: Implementation,
+) -> tuple[Tensor, Tensor]:
+    """Scores of a cache, and its content after ``kept`` was moved.
+
+    content: [L, num_blocks, H_kv, block_size, content]; int8 with scales. gap: bytes between the
+    layers; None leaves them equally spaced.
+    """
+    layers = list(content.clone()) if gap is None else scattered(content, gap)
+    views = [
+        PagedKV.from_scaled_blocks(stack, content.dtype)
+        if content.dtype == torch.int8
+        else PagedKV.from_blocks(stack)
+        for stack in stack_layers(layers)
+    ]
+    kv = PagedKV.joined(views)
+    assert len(list(kv.evenly_spaced())) == (1 if gap is None else len(layers))
+    scores = score(kv, batch, *weights, False, 2 * weights[1].shape[-1], implementation)
+    compact(kv, batch, kept, implementation)
+    return scores, torch.stack(layers)
+
+
+def scattered(content: Tensor, gap: int) -> list[Tensor]:
+    """Copies of the layers: odd ones behind even ones in a storage of their own, both backwards."""
+    layers: list[Tensor] = []
+    layer_bytes = content[0].numel() * content.itemsize
+    storages = [torch.zeros(len(content) * (layer_bytes + gap), dtype=torch.uint8) for _ in "ab"]
+    for idx, layer in enumerate(content):
+        end = (len(content) - idx) * (layer_bytes + gap)
+        own = storages[idx % 2][end - layer_bytes : end].to(content.device)
+        layers.append(own.view(content.dtype).view(layer.shape))
+        layers[-1].view(torch.uint8).copy_(layer.view(torch.uint8))
+    return layers
