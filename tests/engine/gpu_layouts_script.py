@@ -1,7 +1,7 @@
 """Tokens stored by vLLM's own Triton writers, under the interpreter, and read through our views.
 
 vLLM's CPU build switches Triton off when it is imported, so this runs in its own process. Prints
-the largest difference of each layout, relative to the token.
+the largest difference of each layout, relative to the token, and the sentences of the refusals.
 """
 
 import json
@@ -13,13 +13,17 @@ import vllm.platforms
 assert vllm.platforms.current_platform.is_cpu()
 vllm.platforms.vllm_version_matches_substr = lambda _: False
 
+from vllm.utils.import_utils import resolve_obj_by_qualname  # noqa: E402
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl  # noqa: E402
 from vllm.v1.attention.ops import triton_reshape_and_cache_flash as writers  # noqa: E402
 from vllm.v1.attention.ops.paged_attn import PagedAttention  # noqa: E402
 from vllm.v1.kv_cache_interface import get_kv_quant_mode  # noqa: E402
 
+from triattention_vllm.engine.attention import BACKENDS  # noqa: E402
+from triattention_vllm.engine.backends import rocm_aiter_fa  # noqa: E402
 from triattention_vllm.engine.backends.rocm_attn import CompressedRocmBackend  # noqa: E402
 from triattention_vllm.engine.backends.triton_attn import CompressedTritonBackend  # noqa: E402
+from triattention_vllm.errors import UnsupportedError  # noqa: E402
 
 # What the writers ask of a device that is not there.
 torch.cuda.get_device_capability = lambda *_: (9, 0)
@@ -93,5 +97,39 @@ def make_tokens(scaled: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch
     return content[0], content[1], torch.randperm(num_slots, generator=generator)
 
 
+def refusal(backend, kv_dtype: str) -> str:
+    """What is said of a layer with this KV dtype; empty if it is read."""
+    content = 2 * NUM_HEADS * HEAD_DIM
+    blocks = torch.zeros(1, NUM_BLOCKS, 1, BLOCK_SIZE, content, dtype=torch.uint8)
+    layer = SimpleNamespace(kv_cache_dtype=kv_dtype, num_kv_heads=NUM_HEADS)
+    try:
+        backend.paged_kv(blocks, layer)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def refusals() -> dict[str, str]:
+    """fp8 of two kinds by every ROCm backend, and AITER's shuffled blocks."""
+    found = {}
+    for member, path in BACKENDS.items():
+        if member.name in ("ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_FA"):
+            backend = resolve_obj_by_qualname(path)
+            found[member.name] = refusal(backend, "fp8_e5m2")
+            found[f"{member.name} fp8"] = refusal(backend, "fp8")
+    packed = torch.zeros(1, NUM_BLOCKS, 2, BLOCK_SIZE, NUM_HEADS * HEAD_DIM, dtype=torch.uint8)
+    layer = SimpleNamespace(kv_cache_dtype="fp8_e5m2", num_kv_heads=NUM_HEADS)
+    try:
+        CompressedRocmBackend.paged_kv(packed, layer)
+    except UnsupportedError as error:
+        found["ROCM_ATTN"] = str(error)
+    shuffles = SimpleNamespace(is_shuffle_kv_cache_enabled=lambda: True)
+    rocm_aiter_fa.rocm_aiter_ops, own = shuffles, rocm_aiter_fa.rocm_aiter_ops
+    assert not own.is_shuffle_kv_cache_enabled()
+    found["shuffled"] = refusal(rocm_aiter_fa.CompressedAiterBackend, "auto")
+    return found
+
+
 results = {name: stored(name) for name in ("auto", "fp8", *CONTENT)}
-print(json.dumps({**results, "rocm": stored_for_rocm()}))
+results["rocm"] = stored_for_rocm()
+print(json.dumps({"differences": results, "refusals": refusals()}))

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def differences() -> dict[str, list[float]]:
-    """By layout: largest error of keys and of values, relative to their token."""
+def found() -> dict[str, dict[str, Any]]:
+    """``differences`` by layout: largest error of keys and of values, relative to their token;
+    ``refusals``: what is said of layouts that are not read.
+    """
     script = Path(__file__).with_name("gpu_layouts_script.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -23,8 +26,8 @@ def differences() -> dict[str, list[float]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    answer: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,21 @@ def differences() -> dict[str, list[float]]:
     ],
 )
 def test_tokens_are_read_back_to_the_precision_of_their_kv_dtype(
-    layout: str, precision: float, differences: dict[str, list[float]]
+    layout: str, precision: float, found: dict[str, dict[str, Any]]
 ) -> None:
     """The tokens are numbers that fp8 has; int8 has 127 steps up to the largest element."""
-    assert max(differences[layout]) <= precision
+    assert max(found["differences"][layout]) <= precision
+
+
+def test_layouts_of_rocm_that_cannot_be_read_are_refused(found: dict[str, dict[str, Any]]) -> None:
+    refusals = found["refusals"]
+    for backend in ("ROCM_ATTN", "ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_FA"):
+        assert refusals[backend] == (
+            "KV dtype 'fp8_e5m2' is read as e4m3 by this attention backend and may be written as "
+            "e5m2; set --kv-cache-dtype fp8, or start without --kv-compression"
+        )
+    assert refusals["ROCM_AITER_UNIFIED_ATTN fp8"] == refusals["ROCM_AITER_FA fp8"] == ""
+    assert refusals["shuffled"] == (
+        "the shuffled KV cache of AITER mixes the tokens of a block; unset "
+        "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT, or start without --kv-compression"
+    )
