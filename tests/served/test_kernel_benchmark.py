@@ -132,10 +132,13 @@ def test_a_token_that_is_not_moved_suppresses_the_speed_up(
     right = kernels.default_sides("cpu").product.compact
 
     def all_but_one_value(requests: Any, kept: Tensor) -> None:
-        block = requests.batch.destination_blocks[-1, -1]
-        before = requests.kv.values[-1, block, -1, -1, 0, -1, 0].clone()
+        own = kept[-1, -1, -1]
+        moved = int((own != torch.arange(len(own))).nonzero()[-1])
+        block_idx, slot = divmod(moved, requests.kv.block_size)
+        block = requests.batch.destination_blocks[-1, block_idx]
+        before = requests.kv.values[-1, block, -1, slot, 0, -1, 0].clone()
         right(requests, kept)
-        requests.kv.values[-1, block, -1, -1, 0, -1, 0] = before
+        requests.kv.values[-1, block, -1, slot, 0, -1, 0] = before
 
     _, operations = run_with(kernels, tmp_path / "out.json", compact=all_but_one_value)
     assert operations["compact"]["refused"] == "results of compact are wrong"
