@@ -29,10 +29,12 @@ TASKS = (*JUDGED, "copy")
 @dataclass(frozen=True)
 class Batch:
     """ids [B, T]; labels [B, T]: the next word where it belongs to an answer, else NOT_LEARNED;
+    weights [B, T]: how much a label counts, 0 where there is none, their sum is 1 in each row;
     graded bool [B, T]: labels that depend on memory; tasks: of each row, an index into TASKS."""
 
     ids: Tensor
     labels: Tensor
+    weights: Tensor
     graded: Tensor
     tasks: Tensor
 
@@ -49,6 +51,7 @@ def make_batch(
     rng = Random(f"{seed} {step} {rank}")
     ids = torch.full((num_rows, length), IDS[PAD])
     labels = torch.full((num_rows, length), NOT_LEARNED)
+    weights = torch.zeros((num_rows, length))
     graded = torch.zeros((num_rows, length), dtype=torch.bool)
     tasks = [order[(first + row * num_ranks) % len(order)] for row in range(num_rows)]
     for row, task in enumerate(tasks):
@@ -59,6 +62,9 @@ def make_batch(
             end = place + len(words)
             ids[row, place:end] = torch.tensor(words)
             labels[row, first - 1 : end - 1] = ids[row, first:end]
+            weights[row, first - 1 : end - 1] = torch.tensor(turn.answer.weights)
             graded[row, first - 1 : end - 1] = torch.tensor(turn.answer.graded)
             place = end
-    return Batch(ids, labels, graded, torch.tensor(tasks))
+    # Every row weighs the same: tasks with short answers as much as those with long ones.
+    weights /= weights.sum(dim=1, keepdim=True)
+    return Batch(ids, labels, weights, graded, torch.tensor(tasks))

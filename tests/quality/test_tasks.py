@@ -111,18 +111,27 @@ def test_recall_answers_with_the_latest_value_of_each_key_asked() -> None:
 
 def test_a_running_sum_is_that_of_whole_numbers() -> None:
     for problem in problems("add"):
-        first, *addends, _ = entries(problem.prompt[2:])
-        total, num_columns = number(first[1:]), len(first) // 2
-        blocks = entries(problem.answer.words[:-1])
-        for addend, block in zip(addends, blocks, strict=False):
-            total = (total + number(addend[2:])) % 10**num_columns
-            assert block[0] == addend[0]
-            assert int("".join(reversed(block[2:][4::6]))) == total
-
-
-def number(words: list[str]) -> int:
-    """Digits after their columns, the last digit first."""
-    return int("".join(reversed(words[1::2])))
+        first, *lines, last = entries(problem.prompt[2:])
+        columns, start = first[::2], last[1]
+        cells = {name: (int(digit), column, after) for name, digit, column, after in lines}
+        total = int("".join(reversed(first[1::2])))
+        words = problem.answer.words
+        blocks = [words[idx : idx + 7] for idx in range(0, len(words) - 6, 7)]
+        assert len(blocks) > len(columns)
+        name = start
+        while len(blocks) >= len(columns):
+            addend = 0
+            for place, (column, block) in enumerate(zip(columns, blocks, strict=False)):
+                digit, own_column, after = cells[name]
+                before = str(total // 10**place % 10)
+                assert block[:5] == [name, str(digit), column, before, column]
+                assert own_column == column
+                addend += digit * 10**place
+                name = after
+            total = (total + addend) % 10 ** len(columns)
+            written = [block[5] for block in blocks[: len(columns)]]
+            assert int("".join(reversed(written))) == total
+            del blocks[: len(columns)]
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

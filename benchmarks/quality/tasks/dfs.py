@@ -1,12 +1,13 @@
 """Depth-first search, step by step, then its state: stack and visited nodes.
 
     prompt   <bos> dfs  n4 : n7 n9 ;  n7 : n4 ;  n9 : n4 ;  start n4 step 0 2 ?
-    answer   0 0 + n4 root  n7 o   0 1 + n7 n4  n4 x   0 2 - n4  | n4 root | n4 x n7 x n9 o <eos>
+    answer   0 2 + n4 root  n7 o   0 1 + n7 n4  n4 x   0 0 - n4  | n4 root | n4 x n7 x n9 o <eos>
 
-Each step has its number, ``+ node parent`` for a visit or ``- node`` for a return to that node,
-then the neighbours of the node in order, ``x`` (visited) up to the first ``o`` (new). At the step
-that the prompt names the state is reported: the stack from its top to the root, and each node of
-the graph with ``x`` or ``o``. A step has two digits, so there are at most 99.
+Each step says how many are left, ``+ node parent`` for a visit or ``- node`` for a return to that
+node, then the neighbours of the node in order, ``x`` (visited) up to the first ``o`` (new). At the
+last step the state is reported: the stack from its top to the root, and each node of the graph
+with ``x`` or ``o``. A step has two digits, so there are at most 99. They count down so that the
+last step shows itself: a small model does not learn to compare two far numbers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ def problem(graph: Graph, start: str, last_step: int) -> Problem:
     """
     answer = Answer()
     for step, state in enumerate(search(graph, start)):
-        answer.form(*_digits(step))
+        answer.form(*_digits(last_step - step))
         answer.memory("+" if state.is_visit else "-", state.node)
         if state.is_visit:
             answer.memory(state.parents[state.node])
@@ -130,7 +131,7 @@ def _prompt(graph: Graph, start: str, last_step: int) -> list[str]:
 
 def _report(answer: Answer, graph: Graph, state: State) -> None:
     """Stack from the top to the root, then every node of the graph, visited or not."""
-    answer.form("|")
+    answer.result("|")
     node = state.node
     while node != "root":
         answer.memory(node)

@@ -57,9 +57,7 @@ def _run(rng: Random, registers: list[str], labels: list[str], length: int) -> P
         first, second, target, even, odd = program[label]
         answer.memory(label, first, str(values[first]), second, str(values[second]), target)
         values[target] = (values[first] + values[second]) % 10
-        answer.memory(str(values[target]))
+        answer.result(str(values[target]))
         label = odd if values[target] % 2 else even
-    surplus = len(prompt) + len(answer.words) - length
-    if surplus:
-        del answer.words[-surplus:], answer.graded[-surplus:]
+    answer.cut(len(prompt) + len(answer.words) - length)
     return Problem("machine", [Turn(prompt, answer)])

@@ -5,31 +5,47 @@ from dataclasses import dataclass, field
 
 from quality.vocabulary import EOS
 
+RESULT_WEIGHT = 4.0
+
 
 @dataclass
 class Answer:
     """Words that follow from the prompt, and which of them depend on memory.
 
     A word is *graded* where it must be looked up (a value, a neighbour, a stack entry); words
-    that the form alone gives are not. No word depends on a bare count.
+    that the form alone gives are not. No word depends on a bare count. The *weight* of a word
+    is what it counts in training: words that are few and slow to learn weigh more.
     """
 
     words: list[str] = field(default_factory=list)
     graded: list[bool] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
     def form(self, *words: str) -> None:
         """Append words that the form of the answer gives."""
-        self.words += words
-        self.graded += [False] * len(words)
+        self._append(words, graded=False)
 
     def memory(self, *words: str) -> None:
         """Append words that depend on what was read or written before."""
-        self.words += words
-        self.graded += [True] * len(words)
+        self._append(words, graded=True)
+
+    def result(self, *words: str) -> None:
+        """Append words that are reckoned from what was read or written before: sums, carries."""
+        self._append(words, graded=True, weight=RESULT_WEIGHT)
 
     def end(self) -> None:
         """Append the end of the answer."""
         self.form(EOS)
+
+    def cut(self, surplus: int) -> None:
+        """Take away the last words."""
+        if surplus:
+            del self.words[-surplus:], self.graded[-surplus:], self.weights[-surplus:]
+
+    def _append(self, words: Sequence[str], graded: bool, weight: float = 1.0) -> None:
+        self.words += words
+        self.graded += [graded] * len(words)
+        self.weights += [weight] * len(words)
 
 
 @dataclass
