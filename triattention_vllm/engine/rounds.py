@@ -1,7 +1,7 @@
 """A worker's part in a round: which layers a group has, their scorer, and its plans."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,8 +24,15 @@ from triattention_vllm.method.score_vnorm import VnormScorer
 from triattention_vllm.method.scorer import Scorer
 from triattention_vllm.method.statistics import Statistics
 
-MAX_BATCH = 64
-"""Requests that one batch of launches takes on a GPU; bounds the scores' memory."""
+MAX_BATCH_TOKENS = 1 << 16
+"""Tokens of the regions that one batch of launches takes on a GPU, counted as padded there:
+requests times the longest region. A longer region is a batch of its own.
+
+Scratch memory of a batch, in bytes a token: 4 L H of scores, at most 4 L H_kv of ranking values
+and at most 16 L H_kv of kept indices. For 36 layers, 32 heads and 8 KV heads (Qwen3-8B) with
+``per_head`` that is 0.3 GB, before the step's own activations need it. A single request whose
+blocks come back at other places also takes room for its own kept tokens, at most its budget.
+"""
 
 
 class Rounds(ABC):
@@ -49,21 +56,15 @@ class Rounds(ABC):
     def run(self, plans: Sequence[RoundPlan]) -> None:
         """Every plan, in the order in which they were decided.
 
-        A later plan may write what an earlier one reads, when a released block was given out
-        again within the step; it then waits for the earlier batch. In a full pool a plan may
-        have got its own blocks again, at other places. On the CPU each plan is a batch of its
-        own, which bounds the scratch memory by one region.
+        On the CPU each plan is a batch of its own, which bounds the scratch memory by one region.
         """
         plans = [in_kernel_blocks(plan, self.split) for plan in plans]
-        sources = [plan.source_blocks for plan in plans]
-        destinations = [plan.destination_blocks for plan in plans]
-        size = 1 if self.kv.keys.device.type == "cpu" else MAX_BATCH
-        for together in forward_groups(sources, destinations):
-            for start in range(together.start, together.stop, size):
-                batch = plans[start : min(start + size, together.stop)]
-                kept = self.run_batch(batch)
-                if self.trace is not None:
-                    self.trace.record(batch, kept)
+        on_cpu = self.kv.keys.device.type == "cpu"
+        most_blocks = 0 if on_cpu else MAX_BATCH_TOKENS // self.kv.block_size
+        for batch in batches(plans, most_blocks):
+            kept = self.run_batch(batch)
+            if self.trace is not None:
+                self.trace.record(batch, kept)
 
     def warm_up(self, group_id: int, policy: Policy, num_blocks: int) -> None:
         """One round of the first blocks onto themselves, which no request may hold yet."""
@@ -80,6 +81,26 @@ class Rounds(ABC):
             row_blocks=(),
         )
         self.run([plan])
+
+
+def batches(plans: Sequence[RoundPlan], most_blocks: int) -> Iterator[Sequence[RoundPlan]]:
+    """Runs of plans that are carried out together, in the order in which they were decided.
+
+    A later plan may write what an earlier one reads, when a released block was given out again
+    within the step; it then waits for the earlier batch. In a full pool a plan may have got its
+    own blocks again, at other places. most_blocks: of a batch's regions, padded to the longest;
+    a plan with more is a batch of its own.
+    """
+    sources = [plan.source_blocks for plan in plans]
+    destinations = [plan.destination_blocks for plan in plans]
+    for together in forward_groups(sources, destinations):
+        start, longest = together.start, 0
+        for idx in together:
+            longest = max(longest, len(sources[idx]))
+            if idx > start and (idx + 1 - start) * longest > most_blocks:
+                yield plans[start:idx]
+                start, longest = idx, len(sources[idx])
+        yield plans[start : together.stop]
 
 
 def in_kernel_blocks(plan: RoundPlan, split: int) -> RoundPlan:
