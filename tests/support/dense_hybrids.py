@@ -133,7 +133,9 @@ class Qwen3Next(LlamaLike):
         query = self.linear(x, f"{layer}.self_attn.q_proj").unflatten(-1, (self.num_heads, 2, -1))
         return attended * torch.sigmoid(query[:, :, 1].flatten(1))
 
-    def mix(self, layer_idx: int, x: Tensor) -> Tensor:
+    def mix(
+        self, layer_idx: int, x: Tensor, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         config, layer = self.config, f"model.layers.{layer_idx}.linear_attn"
         x = self.norm(x, f"model.layers.{layer_idx}.input_layernorm")
         num_k, num_v = config["linear_num_key_heads"], config["linear_num_value_heads"]
@@ -145,20 +147,29 @@ class Qwen3Next(LlamaLike):
         strength = self.linear(x, f"{layer}.in_proj_ba").unflatten(-1, (num_k, -1))
         beta, step = (part.flatten(1) for part in strength.split([group, group], -1))
         mixed = torch.cat([query, key, value], -1)
-        mixed = functional.silu(causal_conv(mixed, self.weights[f"{layer}.conv1d.weight"]))
+        weight = self.weights[f"{layer}.conv1d.weight"]
+        earlier = mixed.new_zeros(weight.shape[-1] - 1, mixed.shape[1])
+        memory = mixed.new_zeros(num_v, size_k, size_v)
+        if state is not None:
+            earlier, memory = state
+        mixed = torch.cat([earlier, mixed])
+        earlier = mixed[len(x) :]
+        mixed = functional.silu(causal_conv(mixed, weight))
         query, key, value = mixed.split([num_k * size_k, num_k * size_k, num_v * size_v], -1)
         decay = -self.weights[f"{layer}.A_log"].exp() * functional.softplus(
             step + self.weights[f"{layer}.dt_bias"]
         )
-        out = delta_rule(
+        out, memory = delta_rule(
             unit(query.unflatten(-1, (num_k, -1))).repeat_interleave(group, 1) / size_k**0.5,
             unit(key.unflatten(-1, (num_k, -1))).repeat_interleave(group, 1),
             value.unflatten(-1, (num_v, -1)),
             decay.exp(),
             beta.sigmoid(),
+            memory,
         )
         out = rms_norm(out, self.weights[f"{layer}.norm.weight"], config["rms_norm_eps"])
-        return (out * functional.silu(z.unflatten(-1, (num_v, -1)))).flatten(1)
+        gated = out * functional.silu(z.unflatten(-1, (num_v, -1)))
+        return gated.flatten(1), (earlier, memory)
 
     def finish_layer(self, layer_idx: int, x: Tensor, attended: Tensor) -> Tensor:
         layer = f"model.layers.{layer_idx}"
@@ -183,10 +194,9 @@ class Qwen3Next(LlamaLike):
 
 
 def causal_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """Each channel by itself: ``y_t = sum_j weight[c, 0, j] x_{t - size + 1 + j}``, x [n, c]."""
-    size = weight.shape[-1]
-    padded = functional.pad(x.T.unsqueeze(0), (size - 1, 0))
-    return functional.conv1d(padded, weight, groups=x.shape[1])[0].T
+    """Each channel by itself: ``y_t = sum_j weight[c, 0, j] x_{t + j}``, x [size - 1 + n, c], of
+    which the first size - 1 rows came before; returns [n, c]."""
+    return functional.conv1d(x.T.unsqueeze(0), weight, groups=x.shape[1])[0].T
 
 
 def unit(x: Tensor) -> Tensor:
@@ -194,19 +204,21 @@ def unit(x: Tensor) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+def delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """``S <- decay S``, ``S <- S + beta k (v - S^T k)^T``, output ``S^T q``; token by token.
 
-    query, key [n, H, K]; value [n, H, V]; decay, beta [n, H]; returns [n, H, V].
+    query, key [n, H, K]; value [n, H, V]; decay, beta [n, H]; state [H, K, V]. Returns the
+    outputs [n, H, V] and the state behind the last token.
     """
-    state = torch.zeros(key.shape[1], key.shape[2], value.shape[2], dtype=torch.float64)
     outputs = []
     for q, k, v, forget, gain in zip(query, key, value, decay, beta, strict=True):
         state = state * forget[:, None, None]
         error = (v - torch.einsum("hkv,hk->hv", state, k)) * gain[:, None]
         state = state + k.unsqueeze(-1) * error.unsqueeze(1)
         outputs.append(torch.einsum("hkv,hk->hv", state, q))
-    return torch.stack(outputs)
+    return torch.stack(outputs), state
 
 
 HYBRIDS: dict[str, type[DenseModel]] = {

@@ -127,8 +127,11 @@ class DenseModel(ABC):
         del layer_idx
         return None
 
-    def mix(self, layer_idx: int, x: Tensor) -> Tensor:
-        """Output [n, hidden] of a layer without keys, for all tokens from the first one on."""
+    def mix(
+        self, layer_idx: int, x: Tensor, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output [n, hidden] of a layer without keys for the next n tokens, and its state behind
+        them; state: what it returned for the tokens before, None where there are none."""
         raise NotImplementedError
 
     def gate(self, layer_idx: int, x: Tensor, attended: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class DenseRun:
     """One sequence: tokens so far, their keys and values, and which of them are still visible.
 
     keys, values: float64 [L, H_kv, n, D], keys after RoPE. visible: bool [L, H_kv, n]. L counts
-    the model's attention layers; inputs [n, hidden] of the others are kept in ``history``.
+    the model's attention layers; ``states`` are those of the others.
     """
 
     def __init__(self, model: DenseModel, stored: Stored = exactly) -> None:
@@ -56,7 +56,7 @@ class DenseRun:
         self.keys = empty
         self.values = empty
         self.visible = torch.ones(num_layers, model.num_kv_heads, 0, dtype=torch.bool)
-        self.history: dict[int, Tensor] = {}
+        self.states: dict[int, tuple[Tensor, ...]] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +81,8 @@ class DenseRun:
         )
         x = model.embed(tokens)
         rows = {layer_idx: row for row, layer_idx in enumerate(model.attention_layers)}
-        keys, values, history = [], [], {}
+        keys, values = [], []
+        states = dict(self.states)
         for layer_idx in range(model.num_layers):
             if layer_idx in rows:
                 own = None if seen is None else seen[rows[layer_idx]]
@@ -89,12 +90,10 @@ class DenseRun:
                 keys.append(key)
                 values.append(value)
             else:
-                old = self.history.get(layer_idx, x[:0])
-                history[layer_idx] = torch.cat([old, x])
-                mixed = model.mix(layer_idx, history[layer_idx])[-num_new:]
+                mixed, states[layer_idx] = model.mix(layer_idx, x, states.get(layer_idx))
                 x = model.finish_layer(layer_idx, x, mixed)
         self.keys, self.values = torch.stack(keys), torch.stack(values)
-        self.history = history
+        self.states = states
         return model.logits(x).log_softmax(-1)
 
     def _attention_layer(

@@ -40,6 +40,7 @@ class EngineRun:
 
     steps: per engine step, request id -> (logical tokens computed, null blocks, real blocks), in
     the first compressed KV-cache group.
+    block_size: of the compressed groups, or of the first one; group_block_sizes: of all.
     groups: rows of ``RequestRun.kept`` that belong to each compressed group.
     longest_hashed: tokens of the longest prefix that any block of any group has a hash for.
     """
@@ -52,6 +53,7 @@ class EngineRun:
     num_preemptions: int
     scheduler: str
     block_size: int
+    group_block_sizes: list[int]
     ref_counts: list[int]
     groups: list[list[int]]
     longest_hashed: int
@@ -205,7 +207,8 @@ class _Recorder:
         self.scheduler = core.scheduler
         self.worker = core.model_executor.driver_worker.worker
         self.statistics = None
-        self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.all_managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.managers = self.all_managers
         self.layers: list[tuple[int, int]] = []  # (layer index, group) of every compressed layer
         if "rounds" in vars(self.worker):
             for group_id, rounds in self.worker.rounds.items():
@@ -297,7 +300,8 @@ class _Recorder:
             steps=self.steps,
             num_preemptions=self.num_preemptions,
             scheduler=type(self.scheduler).__name__,
-            block_size=self.scheduler.block_size,
+            block_size=self.managers[0].block_size,
+            group_block_sizes=[manager.block_size for manager in self.all_managers],
             ref_counts=[block.ref_cnt for block in pool.blocks[1:]],
             longest_hashed=max(block.block_hash_num_tokens or 0 for block in pool.blocks),
             groups=[

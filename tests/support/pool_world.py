@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundPlan
+from triattention_vllm.engine.kv_manager import RoundPlan, end_hashing_at_rounds
 from triattention_vllm.engine.pressure import PoolPressure
 from triattention_vllm.engine.requests import keep_servable
 from triattention_vllm.engine.spec import CompressedAttentionSpec
@@ -72,8 +72,7 @@ class PoolWorld:
             max_in_flight_tokens=depth * max_batched,
             enable_caching=prefix_caching,
         )
-        manager = self.kv.coordinator.single_type_managers[0]
-        assert isinstance(manager, CompressedKVCacheManager)
+        (manager,) = end_hashing_at_rounds(self.kv.coordinator)
         self.manager = manager
         self.requests: dict[str, Request] = {}
         manager.requests = self.requests
@@ -82,7 +81,9 @@ class PoolWorld:
         self.capacity = Capacity(num_blocks - 1, block_size, max_model_len, depth * max_batched)
         self.pressure = None
         if settings.pressure is not None:
-            self.pressure = PoolPressure(settings.pressure, [manager], self.pool, 1, max_batched, 0)
+            self.pressure = PoolPressure(
+                settings.pressure, [manager], self.pool, [manager], max_batched, 0
+            )
         self.block_size = block_size
         self.depth = depth
         self.max_batched = max_batched

@@ -134,9 +134,13 @@ def smollm3_config() -> PretrainedConfig:
 
 
 def qwen3_next_config() -> PretrainedConfig:
-    """Linear attention and gated full attention, a quarter of the head rotated, experts."""
+    """Linear attention and gated full attention, a quarter of the head rotated, experts.
+
+    vLLM makes blocks as large as a linear state: the more heads, the fewer tokens, here 128. Its
+    CPU kernel computes in bfloat16, so all experts are chosen: rounding cannot change the route.
+    """
     return transformers.Qwen3NextConfig(
-        **COMMON,
+        **{**COMMON, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128},
         num_hidden_layers=4,
         layer_types=["linear_attention", "full_attention"] * 2,
         partial_rotary_factor=0.25,
@@ -144,7 +148,7 @@ def qwen3_next_config() -> PretrainedConfig:
         linear_num_key_heads=1,
         linear_key_head_dim=128,
         linear_value_head_dim=128,
-        num_experts=4,
+        num_experts=2,
         num_experts_per_tok=2,
         moe_intermediate_size=64,
         shared_expert_intermediate_size=64,

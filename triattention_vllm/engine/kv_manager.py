@@ -5,17 +5,14 @@ frees as many real ones and notes a plan; the workers carry it out before the sa
 """
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import (
-    FullAttentionManager,
-    SingleTypeKVCacheManager,
-)
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from triattention_vllm.engine.differences import bound_admission, is_block_writable
@@ -26,10 +23,6 @@ from triattention_vllm.request import RequestSettings
 
 if TYPE_CHECKING:
     from triattention_vllm.engine.spec import CompressedAttentionSpec
-
-
-ALL_HASHED = sys.maxsize
-"""As a count of hashed blocks of a request: vLLM registers no further ones."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +77,6 @@ class CompressedKVCacheManager(FullAttentionManager):
         self.num_null_blocks: dict[str, int] = {}
         self.pending_plans: dict[str, RoundPlan] = {}
         self.num_deferred_rounds = 0
-        self.managers: Sequence[SingleTypeKVCacheManager] = (self,)
-        """Of all KV-cache groups; set by the scheduler."""
 
     @classmethod
     def find_longest_cache_hit(
@@ -201,8 +192,6 @@ class CompressedKVCacheManager(FullAttentionManager):
         ]
         row[num_null:end] = [self._null_block] * num_new_null + row[num_null:first] + destination
         self.num_null_blocks[request_id] = num_null + num_new_null
-        for manager in self.managers:
-            manager.num_cached_block[request_id] = ALL_HASHED
         self.pending_plans[request_id] = RoundPlan(
             request_id=request_id,
             group_id=self.kv_cache_group_id,
@@ -220,17 +209,6 @@ class CompressedKVCacheManager(FullAttentionManager):
         self.pending_plans.clear()
         return plans
 
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Register block hashes as vLLM does, until the request's first round.
-
-        Behind a round, block ``i`` no longer holds what tokens ``i * block_size`` onwards would
-        hold without compression, so nothing computed after it may serve another request: in no
-        group, because the layers of other groups read what compressed layers computed. What else
-        vLLM passes differs by version, and is passed on.
-        """
-        if self.num_cached_block.get(request.request_id) != ALL_HASHED:
-            super().cache_blocks(request, num_tokens, *args, **kwargs)
-
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """None: through 0.31 vLLM counts the leading blocks that every running request holds,
         by their reference counts, and those of the null block are not kept."""
@@ -245,3 +223,26 @@ class CompressedKVCacheManager(FullAttentionManager):
         self.pending_plans.pop(request_id, None)
         self.num_null_blocks.pop(request_id, None)
         return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
+
+
+def end_hashing_at_rounds(coordinator: KVCacheCoordinator) -> list[CompressedKVCacheManager]:
+    """Let ``coordinator`` register block hashes as vLLM does, until a request's first round;
+    returns its managers that have rounds.
+
+    Behind a round, block ``i`` no longer holds what tokens ``i * block_size`` onwards would hold
+    without compression, so nothing computed after it may serve another request: in no group,
+    because the layers of other groups, linear states too, read what compressed layers computed.
+    """
+    compressed = [
+        manager
+        for manager in coordinator.single_type_managers
+        if isinstance(manager, CompressedKVCacheManager)
+    ]
+    register = coordinator.cache_blocks
+
+    def cache_blocks(request: Request, num_computed_tokens: int) -> None:
+        if not any(request.request_id in manager.num_null_blocks for manager in compressed):
+            register(request, num_computed_tokens)
+
+    coordinator.cache_blocks = cache_blocks
+    return compressed

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
@@ -23,8 +24,8 @@ the same committed tokens, and so at the same nominal boundaries."""
 class PoolPressure:
     """Whether rounds run, from one step to the next, and in which order they relieve the pool.
 
-    num_groups: KV-cache groups that take blocks from the pool; all are taken to need as many as
-        a compressed one. max_new_tokens: tokens of one step, at most; drafts come on top.
+    managers: of the groups that are compressed. all_managers: of all KV-cache groups, which take
+        blocks from the same pool. max_new_tokens: tokens of one step, at most; drafts come on top.
     """
 
     def __init__(
@@ -32,14 +33,14 @@ class PoolPressure:
         thresholds: Pressure,
         managers: Sequence[CompressedKVCacheManager],
         block_pool: BlockPool,
-        num_groups: int,
+        all_managers: Sequence[SingleTypeKVCacheManager],
         max_new_tokens: int,
         num_lookahead_tokens: int,
     ) -> None:
         self.thresholds = thresholds
         self.managers = managers
         self.block_pool = block_pool
-        self.num_groups = num_groups
+        self.all_managers = all_managers
         self.max_new_tokens = max_new_tokens
         self.num_lookahead_tokens = num_lookahead_tokens
         self.is_on = False
@@ -51,7 +52,7 @@ class PoolPressure:
         if not self._is_on(most):
             self.is_on = False
             return
-        taken = min(most, self.num_groups * sum(map(self._taken_by, running)))
+        taken = min(most, sum(map(self._taken_by, running)))
         self.is_on = self._is_on(taken)
         for request in sorted(running, key=self._num_cached, reverse=True):
             if not self.is_on:
@@ -70,19 +71,22 @@ class PoolPressure:
 
     def _most_taken(self, num_running: int) -> int:
         """Blocks that a step of ``num_running`` requests can take, without looking at them."""
-        block_size = self.managers[0].block_size
-        per_request = 1 + cdiv(LOOK_AHEAD + self.num_lookahead_tokens, block_size)
-        in_one_group = cdiv(self.max_new_tokens, block_size) + num_running * per_request
-        return self.num_groups * in_one_group
+        num_blocks = 0
+        for manager in self.all_managers:
+            ahead = cdiv(LOOK_AHEAD + self.num_lookahead_tokens, manager.block_size)
+            num_blocks += cdiv(self.max_new_tokens, manager.block_size) + num_running * (1 + ahead)
+        return num_blocks
 
     def _taken_by(self, request: Request) -> int:
-        """Blocks that the request takes in one group if it is scheduled as far as it can."""
-        manager = self.managers[0]
+        """Blocks that the request takes, at most, if it is scheduled as far as it can."""
         known = request.num_tokens_with_spec + request.num_output_placeholders
         end = min(known, request.num_computed_tokens + self.max_new_tokens)
         end = max(end, num_committed(request) + LOOK_AHEAD)
-        num_blocks = cdiv(end + self.num_lookahead_tokens, manager.block_size)
-        return max(0, num_blocks - len(manager.req_to_blocks[request.request_id]))
+        end += self.num_lookahead_tokens
+        return sum(
+            max(0, cdiv(end, manager.block_size) - len(manager.req_to_blocks[request.request_id]))
+            for manager in self.all_managers
+        )
 
     def _num_cached(self, request: Request) -> int:
         manager = self.managers[0]

@@ -16,7 +16,11 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundPlan
+from triattention_vllm.engine.kv_manager import (
+    CompressedKVCacheManager,
+    RoundPlan,
+    end_hashing_at_rounds,
+)
 from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.periodic_log import PeriodicLog
 from triattention_vllm.engine.pressure import PoolPressure
@@ -72,12 +76,11 @@ class CompressionScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.compressed_managers = compressed_managers(self)
+        self.compressed_managers = end_hashing_at_rounds(self.kv_cache_manager.coordinator)
         self.settings = self.compressed_managers[0].kv_cache_spec.settings
         self.capacity = group_capacity(self)
         for manager in self.compressed_managers:
             manager.requests = self.requests
-            manager.managers = self.kv_cache_manager.coordinator.single_type_managers
         self.pressure = pool_pressure(self)
         metrics = metrics_file(self.vllm_config, STEP_METRICS) if self.log_stats else None
         self.step_counts: StepCounts | None = None
@@ -160,16 +163,7 @@ def pool_pressure(scheduler: CompressionScheduler) -> PoolPressure | None:
         thresholds,
         scheduler.compressed_managers,
         scheduler.kv_cache_manager.block_pool,
-        num_groups=len(scheduler.kv_cache_config.kv_cache_groups),
+        scheduler.kv_cache_manager.coordinator.single_type_managers,
         max_new_tokens=scheduler.max_num_scheduled_tokens,
         num_lookahead_tokens=scheduler.num_lookahead_tokens,
     )
-
-
-def compressed_managers(scheduler: Scheduler) -> list[CompressedKVCacheManager]:
-    """The managers of the KV-cache groups that are compressed."""
-    return [
-        manager
-        for manager in scheduler.kv_cache_manager.coordinator.single_type_managers
-        if isinstance(manager, CompressedKVCacheManager)
-    ]
