@@ -127,7 +127,9 @@ def test_linear_states_are_left_alone_beside_compressed_layers(
         assert 384 <= run.longest_hashed < 900 // run.block_size * run.block_size
 
 
-def mean_error(request: RequestRun, logprobs: torch.Tensor, start: int, end: int | None = None) -> float:
+def mean_error(
+    request: RequestRun, logprobs: torch.Tensor, start: int, end: int | None = None
+) -> float:
     """Mean over positions of the largest difference there."""
     positions = list(enumerate(request.logprobs))[start:end]
     errors = [

@@ -86,6 +86,7 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
         "'ngram_gpu' has not been verified",
     ),
     "parallel drafting": (with_ngram(parallel_drafting=True), "parallel drafting"),
+    "EAGLE3": (with_ngram(method="eagle3"), "'eagle3' has not been verified"),
     "MTP": (with_ngram(method="mtp"), "'mtp' has not been verified"),
     "int4 KV": (
         with_cache(cache_dtype="int4_per_token_head"),

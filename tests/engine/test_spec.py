@@ -12,7 +12,10 @@ from vllm.v1.core.kv_cache_utils import is_kv_cache_spec_uniform
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
     KVCacheSpec,
+    MambaSpec,
     SlidingWindowSpec,
     UniformTypeKVCacheSpecs,
 )
@@ -21,7 +24,12 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.backends.cpu import CompressedCPUMetadataBuilder
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
-from triattention_vllm.engine.spec import CompressedAttentionSpec, compressed_specs
+from triattention_vllm.engine.spec import (
+    CompressedAttentionSpec,
+    compressed_block_size,
+    compressed_specs,
+    group_capacity,
+)
 from triattention_vllm.errors import SettingsError, UnsupportedError
 
 SETTINGS = Settings(budget=1024)
@@ -131,3 +139,36 @@ def test_the_spec_survives_a_new_block_size_and_the_way_to_the_engine_core() -> 
     assert spec.policy.block_size == 64
     assert pickle.loads(pickle.dumps(spec)) == spec
     assert KVCacheSpecRegistry.get_uniform_type_base_spec(spec) is FullAttentionSpec
+
+
+def groups(*specs: KVCacheSpec, num_blocks: int = 101) -> KVCacheConfig:
+    return KVCacheConfig(
+        num_blocks=num_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)],
+    )
+
+
+def linear_state(block_size: int) -> MambaSpec:
+    """A state that is one block of as many tokens."""
+    return MambaSpec(block_size=block_size, shapes=((4, 4),), dtypes=(torch.float32,))
+
+
+def test_groups_that_are_not_compressed_may_have_blocks_of_any_size() -> None:
+    config = groups(linear_state(4096), compressed(), compressed())
+    assert compressed_block_size(config) == 16
+    vllm_config: Any = SimpleNamespace(
+        **vars(engine_config(4096)),
+        cache_config=SimpleNamespace(mamba_cache_mode="none"),
+        num_lookahead_tokens=0,
+    )
+    capacity = group_capacity(vllm_config, config)
+    assert (capacity.num_blocks, capacity.block_size) == ((101 - 1 - 1) // 2, 16)
+    assert capacity.max_in_flight_tokens == 512
+
+
+def test_compressed_groups_with_blocks_of_different_sizes_are_refused() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"blocks of \[16, 32\] tokens.*cannot be compressed"
+    ):
+        compressed_block_size(groups(compressed(), compressed(block_size=32)))

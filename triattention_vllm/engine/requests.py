@@ -2,8 +2,9 @@
 
 A value that cannot be served is answered to its client. vLLM has no seam for that which also
 answers a streaming request with a status, so two methods of its API side are wrapped: one that
-every request passes, and one that is called before a stream begins. A value that reaches the
-scheduler nevertheless is dropped there with a warning.
+every request passes, and one that is called before a stream begins; and a third, which is awaited
+before the first request, to ask the engine what it holds. A value that reaches the scheduler
+nevertheless, past the API, is dropped there with a warning.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.request import Request
 
 from triattention_vllm.config import Settings
@@ -33,29 +35,9 @@ def asked_by(params: SamplingParams | None) -> RequestSettings:
     return RequestSettings.from_extra_args(None if params is None else params.extra_args)
 
 
-def engine_capacity(vllm_config: VllmConfig) -> Capacity | None:
-    """What one engine behind this API process holds, or None before the engine has said so.
-
-    The number of blocks that vLLM reports is the sum over the engines of this process. Of a
-    model with several KV-cache groups it is more than one group can have, which the scheduler
-    knows.
-    """
-    num_blocks = vllm_config.cache_config.num_gpu_blocks
-    if not num_blocks:
-        return None
-    parallel = vllm_config.parallel_config
-    num_engines = parallel.data_parallel_size
-    if parallel.local_engines_only:
-        num_engines = parallel.data_parallel_size_local
-    if parallel.data_parallel_rank_local is not None:
-        num_engines = 1
-    return Capacity(
-        num_blocks=num_blocks // num_engines - 1,
-        block_size=vllm_config.cache_config.block_size,
-        max_model_len=vllm_config.model_config.max_model_len,
-        max_in_flight_tokens=vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens,
-        num_lookahead_tokens=vllm_config.num_lookahead_tokens,
-    )
+_CAPACITIES: dict[str, Capacity] = {}
+"""Instance id of a configuration -> what an engine behind this API process holds. Its workers are
+asked (``kv_capacity``) before the first request, because they know how groups share the pool."""
 
 
 def refuse_request(
@@ -73,7 +55,7 @@ def refuse_request(
         return
     try:
         asked = asked_by(params)
-        capacity = engine_capacity(vllm_config)
+        capacity = _CAPACITIES.get(vllm_config.instance_id)
         if capacity is not None:
             capacity.check_budget(asked, settings)
         if capacity is not None and num_prompt_tokens is not None:
@@ -88,7 +70,7 @@ def keep_servable(request: Request, settings: Settings, capacity: Capacity) -> N
     """Take values that cannot be served off a request that arrived at the scheduler.
 
     It is served as the server is set up, and a warning says why; the API process refuses such
-    requests, but does not know how several KV-cache groups share the pool.
+    requests before they come here.
     """
     params = request.sampling_params
     if params is None or not params.extra_args:
@@ -109,11 +91,13 @@ def keep_servable(request: Request, settings: Settings, capacity: Capacity) -> N
 
 @cache
 def install() -> None:
-    """Wrap the two methods, once per process; raises SeamError where they have changed."""
+    """Wrap the methods, once per process; raises SeamError where they have changed."""
     require_attributes(InputProcessor, {"process_inputs": FunctionType})
-    require_attributes(AsyncLLM, {"generate": FunctionType})
+    require_attributes(AsyncLLM, {"generate": FunctionType, "get_supported_tasks": FunctionType})
+    require_attributes(LLMEngine, {"get_supported_tasks": FunctionType})
     _wrap_process_inputs()
     _wrap_generate()
+    _ask_for_capacity()
 
 
 def _wrap_process_inputs() -> None:
@@ -148,3 +132,31 @@ def _wrap_generate() -> None:
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     AsyncLLM.generate = generate
+
+
+def _ask_for_capacity() -> None:
+    of_server, of_offline = AsyncLLM.get_supported_tasks, LLMEngine.get_supported_tasks
+
+    @wraps(of_server)
+    async def ask_from_server(self: AsyncLLM) -> Any:
+        if _is_unknown(self.vllm_config):
+            _note_capacity(self.vllm_config, await self.collective_rpc("kv_capacity"))
+        return await of_server(self)
+
+    @wraps(of_offline)
+    def ask_offline(self: LLMEngine) -> Any:
+        if _is_unknown(self.vllm_config):
+            _note_capacity(self.vllm_config, self.collective_rpc("kv_capacity"))
+        return of_offline(self)
+
+    AsyncLLM.get_supported_tasks = ask_from_server
+    LLMEngine.get_supported_tasks = ask_offline
+
+
+def _is_unknown(vllm_config: VllmConfig) -> bool:
+    return settings_of(vllm_config) is not None and vllm_config.instance_id not in _CAPACITIES
+
+
+def _note_capacity(vllm_config: VllmConfig, of_workers: list[dict[str, int]]) -> None:
+    """All workers answer alike: every rank has the blocks and groups of all."""
+    _CAPACITIES[vllm_config.instance_id] = Capacity(**of_workers[0])

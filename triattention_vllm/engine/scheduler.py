@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import vllm.envs as envs
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -25,9 +24,9 @@ from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.periodic_log import PeriodicLog
 from triattention_vllm.engine.pressure import PoolPressure
 from triattention_vllm.engine.requests import keep_servable
+from triattention_vllm.engine.spec import group_capacity
 from triattention_vllm.engine.step_counts import STEP_METRICS, StepCounts
 from triattention_vllm.engine.trace import step_trace
-from triattention_vllm.request import Capacity
 
 
 @dataclass
@@ -78,7 +77,7 @@ class CompressionScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.compressed_managers = end_hashing_at_rounds(self.kv_cache_manager.coordinator)
         self.settings = self.compressed_managers[0].kv_cache_spec.settings
-        self.capacity = group_capacity(self)
+        self.capacity = group_capacity(self.vllm_config, self.kv_cache_config)
         for manager in self.compressed_managers:
             manager.requests = self.requests
         self.pressure = pool_pressure(self)
@@ -130,28 +129,6 @@ class CompressionAsyncScheduler(CompressionScheduler, AsyncScheduler):
 def plans_of(output: SchedulerOutput) -> tuple[RoundPlan, ...]:
     """The rounds of a step."""
     return output.round_plans if isinstance(output, RoundsSchedulerOutput) else ()
-
-
-def group_capacity(scheduler: CompressionScheduler) -> Capacity:
-    """What the pool holds of one request in each compressed group: groups that are not
-    compressed take their part of the same pool, and the others share the rest."""
-    manager = scheduler.compressed_managers[0]
-    config = scheduler.kv_cache_config
-    others = sum(
-        cdiv(
-            group.kv_cache_spec.max_memory_usage_bytes(scheduler.vllm_config),
-            group.kv_cache_spec.page_size_bytes,
-        )
-        for group_id, group in enumerate(config.kv_cache_groups)
-        if group_id not in {own.kv_cache_group_id for own in scheduler.compressed_managers}
-    )
-    return Capacity(
-        num_blocks=(config.num_blocks - 1 - others) // len(scheduler.compressed_managers),
-        block_size=manager.block_size,
-        max_model_len=scheduler.max_model_len,
-        max_in_flight_tokens=manager.kv_cache_spec.max_in_flight_tokens,
-        num_lookahead_tokens=scheduler.num_lookahead_tokens,
-    )
 
 
 def pool_pressure(scheduler: CompressionScheduler) -> PoolPressure | None:

@@ -7,6 +7,7 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
+    KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
     UniformTypeKVCacheSpecs,
@@ -17,6 +18,7 @@ from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
 from triattention_vllm.errors import UnsupportedError
 from triattention_vllm.method.policy import Policy
+from triattention_vllm.request import Capacity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,50 @@ def compressed_spec(group: KVCacheGroupSpec) -> CompressedAttentionSpec | None:
             "of them share a row of blocks; start without --kv-compression"
         )
     return ours[0] if ours else None
+
+
+def compressed_block_size(config: KVCacheConfig) -> int:
+    """Tokens of a block in the groups that are compressed; the others may have any size.
+
+    Raises UnsupportedError where compressed groups differ: their rounds would evict unequal
+    numbers of tokens, and a request's own budget could not be counted in blocks.
+    """
+    sizes = {spec.block_size for spec in _compressed_specs(config)}
+    if len(sizes) != 1:
+        raise UnsupportedError(
+            f"KV cache groups that would be compressed have blocks of {sorted(sizes)} tokens, and "
+            "compression needs one size for all of them; this model cannot be compressed yet, "
+            "start without --kv-compression"
+        )
+    (size,) = sizes
+    return size
+
+
+def group_capacity(vllm_config: VllmConfig, config: KVCacheConfig) -> Capacity:
+    """What the pool holds of one request in each compressed group: these groups take equal parts
+    of it, behind what all others need for a request of ``max_model_len``."""
+    own = _compressed_specs(config)
+    others = sum(
+        cdiv(
+            group.kv_cache_spec.max_memory_usage_bytes(vllm_config),
+            group.kv_cache_spec.page_size_bytes,
+        )
+        for group in config.kv_cache_groups
+        if not isinstance(_layer_specs(group.kv_cache_spec)[0], CompressedAttentionSpec)
+    )
+    return Capacity(
+        num_blocks=(config.num_blocks - 1 - others) // len(own),
+        block_size=compressed_block_size(config),
+        max_model_len=vllm_config.model_config.max_model_len,
+        max_in_flight_tokens=own[0].max_in_flight_tokens,
+        num_lookahead_tokens=vllm_config.num_lookahead_tokens,
+    )
+
+
+def _compressed_specs(config: KVCacheConfig) -> list[CompressedAttentionSpec]:
+    """One spec of each compressed group, also of groups that have no layers on this rank."""
+    first = [_layer_specs(group.kv_cache_spec)[0] for group in config.kv_cache_groups]
+    return [spec for spec in first if isinstance(spec, CompressedAttentionSpec)]
 
 
 def _layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TypeAlias
 
 import torch
@@ -36,7 +37,13 @@ from triattention_vllm.engine.rounds import (
 from triattention_vllm.engine.rows import Rows, RowsV1, RowsV2
 from triattention_vllm.engine.scheduler import RoundsSchedulerOutput
 from triattention_vllm.engine.settings import settings_of
-from triattention_vllm.engine.spec import CompressedAttentionSpec, compressed_spec, compressed_specs
+from triattention_vllm.engine.spec import (
+    CompressedAttentionSpec,
+    compressed_block_size,
+    compressed_spec,
+    compressed_specs,
+    group_capacity,
+)
 from triattention_vllm.engine.startup import startup_line
 from triattention_vllm.engine.statistics_source import StatisticsSource
 from triattention_vllm.engine.trace import survivor_trace
@@ -87,6 +94,7 @@ class CompressionWorker(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV cache; tell the metadata builders where null heads are known."""
+        compressed_block_size(kv_cache_config)  # refuses groups that differ
         kv_cache_config = with_one_allocation(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         self.kv_cache_config = kv_cache_config
@@ -174,6 +182,10 @@ class CompressionWorker(Worker):
             of_group.begin_step(null_heads.get(group_id, {}))
         output: StepOutput = super().execute_model(scheduler_output)
         return output
+
+    def kv_capacity(self) -> dict[str, int]:
+        """What the pool holds of one request, for the API processes: ``Capacity`` as it travels."""
+        return asdict(group_capacity(self.vllm_config, self.kv_cache_config))
 
     def _run_rounds(self, plans: Sequence[RoundPlan]) -> None:
         for group_id, rounds in self.all_rounds():
