@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ QUERY_MODULES = {
     "gemma3": "self_attn.q_norm",
     "gpt_oss": "self_attn.q_proj",
     "smollm3": "self_attn.q_proj",
+    "qwen3_next": "self_attn.q_norm",
 }
 FULL_ATTENTION_LAYERS = {
     "qwen3": (0, 1),
@@ -39,8 +41,10 @@ FULL_ATTENTION_LAYERS = {
     "gemma3": (1, 2, 4, 5),
     "gpt_oss": (1, 3),
     "smollm3": (0, 1, 2, 3),
+    "qwen3_next": (1, 3),
 }
-PARTLY_ROTATED = ("gptj", "gpt_neox")
+PARTLY_ROTATED = ("gptj", "gpt_neox", "qwen3_next")
+IN_BFLOAT16 = ("qwen3", "qwen3_next")
 UNROTATED_LAYERS = {"smollm3": (2,)}
 
 # Largest difference of any mean, for queries of magnitude 2 to 3. In float32 only the rounding of
@@ -69,30 +73,33 @@ def calibrated(model: Path, folder: Path, **engine_arguments: object) -> Statist
     return Statistics.load(output)
 
 
-def transformers_queries(family: str, model: Path, num_heads: int, head_dim: int) -> np.ndarray:
-    """Queries before RoPE of all segments in every layer, float64 [layers, tokens, H, head_dim]."""
+def transformers_queries(
+    family: str, model: Path, num_heads: int, head_dim: int
+) -> dict[int, np.ndarray]:
+    """Queries before RoPE of all segments by layer, float64 [tokens, H, head_dim]."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokens = tokenizer.encode(TEXT)
     num_segments = math.ceil(len(tokens) / (MAX_MODEL_LEN - 1))
     assert num_segments > 1
     reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     reference = in_float64(reference)
-    recorded: dict[str, list[torch.Tensor]] = {}
+    recorded: dict[int, list[torch.Tensor]] = {}
     for name, module in reference.named_modules():
         if name.endswith(QUERY_MODULES[family]):
-            outputs = recorded.setdefault(name, [])
+            (layer,) = map(int, re.findall(r"\.(\d+)\.", name))
+            outputs = recorded.setdefault(layer, [])
             module.register_forward_hook(lambda _m, _i, out, outputs=outputs: outputs.append(out))
     with torch.no_grad():
         for number in range(num_segments):
             start = len(tokens) * number // num_segments
             end = len(tokens) * (number + 1) // num_segments
             reference(torch.tensor([tokens[start:end]]))
-    layers = []
-    for outputs in recorded.values():
+    layers = {}
+    for layer, outputs in recorded.items():
         # gpt_neox projects queries, keys and values of a head next to each other.
         heads = [out[0].reshape(out.shape[1], num_heads, -1)[..., :head_dim] for out in outputs]
-        layers.append(torch.cat(heads).numpy())
-    return np.stack(layers)
+        layers[layer] = torch.cat(heads).numpy()
+    return layers
 
 
 def expected_means(
@@ -111,12 +118,12 @@ def expected_means(
 
 def largest_differences(family: str, model: Path, made: Statistics) -> dict[str, float]:
     fingerprint = made.fingerprint
-    every_layer = transformers_queries(family, model, fingerprint.num_heads, fingerprint.head_dim)
-    assert every_layer.shape[1] == int(made.provenance["tokens_seen"])
+    of_layers = transformers_queries(family, model, fingerprint.num_heads, fingerprint.head_dim)
     largest = dict.fromkeys(("centre", "magnitude", "unrotated"), 0.0)
     for idx, layer in enumerate(fingerprint.layer_indices):
         rotary_dim = fingerprint.rotary_dims[idx]
-        expected = expected_means(every_layer[layer], rotary_dim, fingerprint.interleaved)
+        assert len(of_layers[layer]) == int(made.provenance["tokens_seen"])
+        expected = expected_means(of_layers[layer], rotary_dim, fingerprint.interleaved)
         found = (
             made.centre().numpy()[idx, :, : rotary_dim // 2],
             made.magnitude.numpy()[idx, :, : rotary_dim // 2],
@@ -130,7 +137,11 @@ def largest_differences(family: str, model: Path, made: Statistics) -> dict[str,
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((family, "float32") for family in QUERY_MODULES), ("qwen3", "bfloat16")],
+    [
+        # vLLM's linear attention computes in bfloat16 only on a CPU.
+        *((family, "float32") for family in QUERY_MODULES if family != "qwen3_next"),
+        *((family, "bfloat16") for family in IN_BFLOAT16),
+    ],
 )
 def test_calibration_equals_transformers_in_float64(
     family: str, dtype: str, tmp_path: Path

@@ -51,6 +51,11 @@ def test_a_full_server_compresses_before_it_preempts(
     ahead = full_pool({**SMALL, "when": "pressure"}, async_scheduling=True)
     assert stock.num_preemptions > 0
     assert ahead.scheduler == "CompressionAsyncScheduler"
+    for one, other in zip(pressed.requests, ahead.requests, strict=True):
+        # Pressure is counted in committed tokens, so asynchronous scheduling changes neither whose
+        # rounds run, nor their boundaries, nor what the first of them keeps.
+        assert one.boundaries == other.boundaries
+        assert [*map(torch.equal, one.kept[:1], other.kept[:1])] == [True] * bool(one.kept)
     for run in (pressed, ahead):
         assert run.num_preemptions == 0
         assert [len(request.token_ids) for request in run.requests] == [280] * 6

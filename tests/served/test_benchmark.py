@@ -41,3 +41,18 @@ def test_turn_two_of_a_chat_is_measured_on_both_sides(tmp_path: Path) -> None:
     for name in ("full", "compressed"):
         assert min(long[name]["hit_tokens"]) >= long["prompt_tokens"]
         assert min(long[name]["first_token_ms"]) > 0
+
+
+def test_a_needle_is_found_at_every_depth_in_a_hybrid_model_as_in_a_dense_one(
+    tmp_path: Path,
+) -> None:
+    """Prompts of four budgets; the fact that is asked for must have survived their rounds."""
+    output = tmp_path / "needle.json"
+    command = [sys.executable, str(ENGINE_BENCHMARK.with_name("needle.py")), "--tiny"]
+    done = subprocess.run(
+        [*command, "--output", str(output)], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (result,) = json.loads(output.read_text(encoding="utf-8"))["results"]
+    assert (result["method"], result["budget"]) == ("triattention", 128)
+    assert result["dense"] == result["hybrid"] == [1.0] * 5

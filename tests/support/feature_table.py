@@ -36,6 +36,7 @@ NOTES = {
     "0.30 on a CPU, which fails at drafts by itself",
     "fp8 KV": "scored and moved as it is stored",
     "Sliding-window layers": "left as they are beside full-attention layers, which are compressed",
+    "Linear-attention layers": "likewise; states and prefix hits are exact",
     "max_model_len beyond the pool": "a request needs a bounded number of blocks",
     "Preemption and resume": "a resumed request is compressed again",
     "Priority scheduling": "",

@@ -35,9 +35,12 @@ def in_float64(model: nn.Module) -> nn.Module:
     """Transformers' model in float64, its RMS norms (which fall back to float32) torch's own."""
     model = model.double().eval()
     for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            norm = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon).double()
-            norm.weight = module.weight
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            plus_one = kind in ("Gemma3RMSNorm", "Qwen3NextRMSNorm")
+            epsilon = module.eps if plus_one else module.variance_epsilon
+            norm = nn.RMSNorm(module.weight.shape, eps=epsilon).double()
+            norm.weight = nn.Parameter(1 + module.weight) if plus_one else module.weight
             model.set_submodule(name, norm)
     return model
 
