@@ -62,7 +62,7 @@ class Size:
     chunk: int = 128
 
 
-NORMAL = Size(2000, (96, 256), (None, "triattention", "streamingllm", "random"), 9, 8, 20)
+NORMAL = Size(1500, (96,), (None, "triattention", "streamingllm"), 9, 6, 20)
 TINY = Size(500, (128,), ("triattention",), 5, 2, 6)
 
 
