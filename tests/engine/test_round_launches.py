@@ -26,13 +26,15 @@ from triattention_kernels import (
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_manager import RoundPlan
-from triattention_vllm.engine.rounds import MAX_BATCH, DraftRounds, Rounds, TargetRounds
+from triattention_vllm.engine.rounds import MAX_BATCH_TOKENS, DraftRounds, Rounds, TargetRounds
 from triattention_vllm.method.rope import Rotary
 from triattention_vllm.method.score_triattention import TriAttentionScorer
 from triattention_vllm.method.statistics import Fingerprint, Statistics
 
 MODULES = (compact_triton, fill_holes_triton, score_triton, select_triton)
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 8, 2, 32, 16
+MANY = 64
+"""Requests of one batch, with regions of 10 blocks."""
 ALLOCATIONS = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)
 
 
@@ -119,13 +121,14 @@ def make_rounds(compaction: str, selection: str, scattered: bool) -> Iterator[Ro
 def test_a_round_of_many_requests_is_at_most_six_launches_and_nothing_else(
     compaction: str, selection: str, scattered: bool
 ) -> None:
+    assert MANY * 10 * BLOCK_SIZE <= MAX_BATCH_TOKENS
     for rounds, most_launches, most_copies in zip(
         make_rounds(compaction, selection, scattered), (6, 1), (4, 4), strict=True
     ):
         with recorded(*MODULES):
             rounds.run(make_plans(1))  # tables that stay are copied with the first round
         with recorded(*MODULES) as launches, OnDevice() as seen:
-            rounds.run(make_plans(MAX_BATCH))
+            rounds.run(make_plans(MANY))
         assert seen.others == []
         assert seen.num_copies <= most_copies
         assert 0 < len(launches) <= most_launches
