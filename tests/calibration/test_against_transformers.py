@@ -81,7 +81,9 @@ def transformers_queries(
     tokens = tokenizer.encode(TEXT)
     num_segments = math.ceil(len(tokens) / (MAX_MODEL_LEN - 1))
     assert num_segments > 1
-    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float64, experts_implementation="eager"
+    )
     reference = in_float64(reference)
     recorded: dict[int, list[torch.Tensor]] = {}
     for name, module in reference.named_modules():
