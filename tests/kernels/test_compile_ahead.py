@@ -170,6 +170,20 @@ def test_sizes_of_one_compile_too(for_target):
         assert launch.compiled(for_target).spilled == 0
 
 
+def score_launch(
+    dtype: torch.dtype, group: int, head_dim: int, rotary_dim: int, interleaved: bool
+) -> Launch:
+    if dtype == torch.int8:
+        blocks = torch.empty(2, 100, 8, 16, 2 * (head_dim + 4), dtype=dtype)
+        kv = PagedKV.from_scaled_blocks(blocks, dtype)
+    else:
+        kv = PagedKV.from_blocks(torch.empty(2, 100, 8, 16, 2 * head_dim, dtype=dtype))
+    weights = make_weights(NUM_REQUESTS, 2, 8 * group, head_dim, rotary_dim)
+    with recorded(score_triton) as launches:
+        score_triton.score(kv, make_batch(), *weights, interleaved, rotary_dim)
+    return launches[0]
+
+
 @pytest.mark.parametrize("for_target", ["sm_90", "gfx942"], indirect=True)
 @pytest.mark.parametrize(
     "dtype",
@@ -180,15 +194,15 @@ def test_sizes_of_one_compile_too(for_target):
     [(1, 64, 64, False), (3, 80, 32, True), (5, 96, 0, False), (16, 256, 64, True)],
 )
 def test_every_kind_of_score_compiles(for_target, dtype, group, head_dim, rotary_dim, interleaved):
-    if dtype == torch.int8:
-        blocks = torch.empty(2, 100, 8, 16, 2 * (head_dim + 4), dtype=dtype)
-        kv = PagedKV.from_scaled_blocks(blocks, dtype)
-    else:
-        kv = PagedKV.from_blocks(torch.empty(2, 100, 8, 16, 2 * head_dim, dtype=dtype))
-    weights = make_weights(NUM_REQUESTS, 2, 8 * group, head_dim, rotary_dim)
-    with recorded(score_triton) as launches:
-        score_triton.score(kv, make_batch(), *weights, interleaved, rotary_dim)
-    assert launches[0].compiled(for_target).spilled == 0
+    launch = score_launch(dtype, group, head_dim, rotary_dim, interleaved)
+    assert launch.compiled(for_target).spilled == 0
+
+
+@pytest.mark.parametrize("for_target", ["sm_80", "sm_100", "sm_120"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e5m2])
+def test_the_scores_that_take_most_registers_spill_nowhere(for_target, dtype):
+    launch = score_launch(dtype, 16, 256, 64, True)
+    assert launch.compiled(for_target).spilled == 0
 
 
 @pytest.mark.parametrize("for_target", ["gfx942"], indirect=True)
