@@ -1,63 +1,50 @@
 """The settings: every name, default, unit, range and contradiction, described once."""
 
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, cast, get_args
 
+from triattention_vllm.description import Description
 from triattention_vllm.errors import SettingsError
 from triattention_vllm.method.policy import Policy, Protect
 from triattention_vllm.method.pressure import Pressure
+from triattention_vllm.score_settings import (
+    LAYERS,
+    NORM_TERM,
+    NORMALISE,
+    OFFSETS,
+    PRESET,
+    PRESETS,
+    PROTECT_VALUES,
+    LayersTogether,
+    Normalise,
+    NormTerm,
+    Preset,
+)
 
 OFF = "off"
 ADDITIONAL_CONFIG_KEY = "kv_compression"
 ENVIRONMENT_PREFIX = "TRIATTENTION_"
 
-Method = Literal["triattention", "streamingllm", "knorm", "vnorm", "random"]
+Method = Literal[
+    "triattention",
+    "streamingllm",
+    "knorm",
+    "vnorm",
+    "random",
+    "snapkv",
+    "rkv",
+    "h2o",
+    "tova",
+]
 Selection = Literal["per_head", "per_layer_per_head", "union"]
 Compaction = Literal["repack", "fill_holes"]
 When = Literal["always", "pressure"]
 
-
-@dataclass(frozen=True)
-class Description:
-    """What a setting means and what it may be.
-
-    kinds: allowed Python types (``bool`` never counts as ``int``).
-    choices: allowed strings; empty where any string is.
-    minimum, maximum: smallest and largest allowed number; no largest where it is None.
-    """
-
-    help: str
-    kinds: tuple[type, ...]
-    unit: str = ""
-    choices: tuple[str, ...] = ()
-    minimum: int = 0
-    maximum: int | None = None
-
-    @property
-    def allowed(self) -> str:
-        """What may be given, in words."""
-        parts = [f'"{choice}"' for choice in self.choices]
-        if str in self.kinds and not self.choices:
-            parts.append("a path")
-        if int in self.kinds:
-            most = "" if self.maximum is None else f" and at most {self.maximum}"
-            parts.append(f"a whole number of {self.unit}, at least {self.minimum}{most}")
-        return " or ".join(parts)
-
-    def refuse(self, name: str, value: object) -> None:
-        """Raise SettingsError unless ``value`` has an allowed type and lies in range."""
-        if type(value) not in self.kinds:
-            found = f"{value!r} ({type(value).__name__})"
-            raise SettingsError(f"{name} is {found}, allowed is {self.allowed}.")
-        too_large = isinstance(value, int) and self.maximum is not None and value > self.maximum
-        if isinstance(value, int) and (value < self.minimum or too_large):
-            raise SettingsError(f"{name} is {value}, allowed is {self.allowed}.")
-        known = value in self.choices if self.choices else value != ""
-        if isinstance(value, str) and not known:
-            raise SettingsError(f"{name} is {value!r}, allowed is {self.allowed}.")
+NEED_ORDER: tuple[Method, ...] = ("streamingllm", "snapkv", "rkv", "h2o")
+"""Methods that rank by place, pool over neighbours, or follow survivors from round to round."""
 
 
 def _described(default: Any, description: Description) -> Any:
@@ -77,7 +64,8 @@ class Settings:
         "triattention",
         Description(
             "How cached tokens are scored: by the model's mean queries, by age, by the length of "
-            "the key (short stays) or of the value (long stays), or at random.",
+            "the key (short stays) or of the value (long stays), at random, or by the attention "
+            "of the request's last queries (the last four, slower, for comparisons).",
             (str,),
             choices=get_args(Method),
         ),
@@ -128,6 +116,11 @@ class Settings:
             choices=("repack", "fill_holes"),
         ),
     )
+    score_normalise: Normalise = _described("heads", NORMALISE)
+    score_layers: LayersTogether = _described("mean", LAYERS)
+    score_norm_term: NormTerm = _described("full", NORM_TERM)
+    score_offsets: str = _described("geometric", OFFSETS)
+    score_protect_values: int = _described(0, PROTECT_VALUES)
     when: When = _described(
         "always",
         Description(
@@ -165,6 +158,7 @@ class Settings:
             minimum=1,
         ),
     )
+    preset: Preset | None = _described(None, PRESET)
     statistics: str | None = _described(
         None,
         Description(
@@ -196,11 +190,12 @@ class Settings:
                 f"budget {self.budget} is below window {self.window} + interval "
                 f"{self.interval}; set it to at least {self.window + self.interval} tokens."
             )
-        if self.method == "streamingllm" and self.compaction != "repack":
+        if self.method in NEED_ORDER and self.compaction != "repack":
             raise SettingsError(
-                f'compaction "{self.compaction}" does not keep tokens in order, by which method '
-                '"streamingllm" ranks them; leave compaction at "repack".'
+                f'compaction "{self.compaction}" does not keep tokens in order, as method '
+                f'"{self.method}" needs them; leave compaction at "repack".'
             )
+        self._refuse_other_than_preset()
         if not self.needs_statistics:
             self._refuse_statistics()
         if self.pressure_stop > self.pressure_start:
@@ -225,22 +220,34 @@ class Settings:
         return self.method == "triattention"
 
     def _refuse_statistics(self) -> None:
-        for name in ("statistics", "calibration_text"):
-            if vars(self)[name] is not None:
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        for name in ("statistics", "calibration_text", "score_norm_term", "score_offsets"):
+            if vars(self)[name] != defaults[name]:
                 raise SettingsError(
                     f'{name} is set, but method "{self.method}" uses no statistics; leave it out.'
                 )
 
+    def _refuse_other_than_preset(self) -> None:
+        for name, value in PRESETS[self.preset].items() if self.preset else ():
+            if vars(self)[name] != value:
+                raise SettingsError(
+                    f'preset "{self.preset}" has {name} {value!r}, and {name} is '
+                    f"{vars(self)[name]!r}; leave one of them out."
+                )
+
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object]) -> Self:
-        """Settings from names and values; names that are not given keep their default."""
+        """Settings from names and values; names that are not given have the preset's value, or
+        their default."""
         known = descriptions()
         unknown = sorted(str(name) for name in mapping if name not in known)
         if unknown:
             raise SettingsError(
                 f"Unknown setting {', '.join(unknown)}; known are {', '.join(known)}."
             )
-        return cls(**cast(dict[str, Any], mapping))
+        preset = cast(Preset | None, mapping.get("preset"))
+        expanded = PRESETS[preset] if preset in get_args(Preset) else {}
+        return cls(**cast(dict[str, Any], {**expanded, **mapping}))
 
     def to_mapping(self) -> dict[str, str | int | None]:
         """All settings as JSON values; ``from_mapping`` gives the same settings back."""
@@ -332,36 +339,3 @@ def descriptions() -> dict[str, Description]:
 def environment_name(name: str) -> str:
     """The environment variable of a setting."""
     return f"{ENVIRONMENT_PREFIX}{name.upper()}"
-
-
-def settings_table() -> str:
-    """The table of settings in the README, as Markdown."""
-    rows = [
-        "| setting | default | allowed | meaning | variable |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for entry in fields(Settings):
-        description: Description = entry.metadata["description"]
-        rows.append(
-            f"| `{entry.name}` | {_default(entry)} | {description.allowed} | {description.help} "
-            f"| `{environment_name(entry.name)}` |"
-        )
-    return "\n".join(rows) + "\n"
-
-
-def settings_help() -> str:
-    """Help of ``--kv-compression-config``: one clause per setting."""
-    clauses = [
-        f"{entry.name} ({entry.metadata['description'].allowed}; default {_default(entry)}): "
-        f"{entry.metadata['description'].help}"
-        for entry in fields(Settings)
-        if entry.name != "method"
-    ]
-    return "Settings of KV compression as JSON, or one at a time as " + (
-        "--kv-compression-config.NAME VALUE.\n\n" + "\n".join(f"- {clause}" for clause in clauses)
-    )
-
-
-def _default(entry: Field[Any]) -> str:
-    """A default as the table and the help show it."""
-    return "none" if entry.default is None else str(entry.default)

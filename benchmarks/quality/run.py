@@ -35,7 +35,10 @@ from triattention_vllm import __version__
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
 FULL = "full"
-METHODS = (FULL, "triattention", "streamingllm", "knorm", "vnorm", "random")
+METHODS = (
+    *(FULL, "triattention", "streamingllm", "knorm", "vnorm", "random"),
+    *("snapkv", "rkv", "h2o", "tova"),
+)
 LONGER = 1.25
 """Room for an answer to become longer than the right one."""
 Json = dict[str, Any]

@@ -95,7 +95,7 @@ def test_a_number_of_protected_tokens_is_a_number() -> None:
         ("TRIATTENTION_WHEN", "never", "TRIATTENTION_WHEN is 'never', allowed is \"always\" or"),
         ("TRIATTENTION_PRESSURE_START", "101", "PRESSURE_START is 101, allowed is .* at most 100"),
         ("TRIATTENTION_STATISTICS", "", "TRIATTENTION_STATISTICS is '', allowed is a path"),
-        ("TRIATTENTION_METHOD", "rkv", "TRIATTENTION_METHOD is 'rkv', allowed is \"triattention"),
+        ("TRIATTENTION_METHOD", "kivi", "TRIATTENTION_METHOD is 'kivi', allowed is \"triattention"),
         ("TRIATTENTION_BUGDET", "1", "Unknown variable TRIATTENTION_BUGDET; known are TRIATTENT"),
     ],
 )

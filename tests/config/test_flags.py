@@ -111,7 +111,7 @@ def test_arguments_built_twice_from_the_same_flags_are_equal(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--kv-compression", "snapkv"], "invalid choice: 'snapkv'"),
+        (["--kv-compression", "kivi"], "invalid choice: 'kivi'"),
         (["--kv-compression-config", "{budget: 1}"], "--kv-compression-config is not JSON"),
         (["--kv-compression-config", "[1]"], "allowed is a JSON object of settings"),
         (["--kv-compression-config", "2048"], "allowed is a JSON object of settings"),

@@ -12,10 +12,9 @@ from triattention_vllm.config import (
     Settings,
     descriptions,
     environment_name,
-    settings_help,
-    settings_table,
 )
 from triattention_vllm.errors import SettingsError
+from triattention_vllm.settings_text import settings_help, settings_table
 
 REFUSED = [
     ({"budgets": 2048}, "Unknown setting budgets; known are method, budget, interval, window"),
@@ -34,7 +33,11 @@ REFUSED = [
     ({"method": "kivi"}, 'method is \'kivi\', allowed is "triattention" or "streamingllm"'),
     (
         {"method": "streamingllm", "compaction": "fill_holes"},
-        'does not keep tokens in order, by which method "streamingllm" ranks them',
+        'does not keep tokens in order, as method "streamingllm" needs them',
+    ),
+    (
+        {"method": "h2o", "compaction": "fill_holes"},
+        'does not keep tokens in order, as method "h2o" needs them',
     ),
     ({"method": "random", "statistics": "a"}, 'statistics is set, but method "random" uses no'),
     (
@@ -53,6 +56,24 @@ REFUSED = [
     ({"statistics": 7}, r"statistics is 7 \(int\), allowed is a path"),
     ({"statistics": ""}, "statistics is '', allowed is a path"),
     ({"budget": 255}, "budget 255 is below window 128 .* set it to at least 256 tokens"),
+    ({"score_normalise": "off"}, 'score_normalise is \'off\', allowed is "heads" or "none"'),
+    ({"score_offsets": "1, 2"}, r"'1, 2', allowed is .*\"short\" or numbers with commas between"),
+    ({"score_offsets": [1, 2]}, r"score_offsets is \[1, 2\] \(list\), allowed is \"geometric\""),
+    ({"score_protect_values": 101}, "of percent, at least 0 and at most 100"),
+    (
+        {"method": "knorm", "score_offsets": "short"},
+        'score_offsets is set, but method "knorm" uses no statistics; leave it out',
+    ),
+    ({"preset": "published"}, "preset is 'published', allowed is \"paper\""),
+    ({"preset": ["paper"]}, r"preset is \['paper'\] \(list\), allowed is \"paper\""),
+    (
+        {"preset": "paper", "window": 32},
+        'preset "paper" has window 128, and window is 32; leave one of them out',
+    ),
+    (
+        {"preset": "paper", "method": "random"},
+        "preset \"paper\" has method 'triattention', and method is 'random'; leave one of them",
+    ),
     (
         {"statistics": "a", "calibration_text": "b"},
         "statistics and calibration_text are both set, .* leave one of them out",
@@ -77,6 +98,22 @@ def test_nothing_given_means_the_published_setting() -> None:
     assert (settings.protect, settings.sink_tokens) == ("prompt", 16)
     assert (settings.selection, settings.when) == ("per_head", "always")
     assert settings.statistics is None
+
+
+def test_the_preset_of_the_paper_is_its_setting_by_name() -> None:
+    """The budget is free: the paper's are from 512 to 4096 tokens."""
+    settings = Settings.from_mapping({"preset": "paper", "budget": 1024, "interval": 128})
+    assert (settings.method, settings.budget, settings.interval) == ("triattention", 1024, 128)
+    assert (settings.window, settings.protect, settings.selection) == (128, "prompt", "per_head")
+    assert (settings.score_normalise, settings.score_layers) == ("heads", "mean")
+    assert (settings.score_norm_term, settings.score_offsets) == ("full", "geometric")
+    assert settings.score_protect_values == 0
+    assert Settings.from_mapping(settings.to_mapping()) == settings
+
+
+@pytest.mark.parametrize("offsets", ["geometric", "short", "1", "1,2,300"])
+def test_offsets_may_be_a_name_or_numbers(offsets: str) -> None:
+    assert Settings.from_mapping({"score_offsets": offsets}).score_offsets == offsets
 
 
 @given(

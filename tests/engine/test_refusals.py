@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import EngineError, ModelFolder, random_prompt, run_engine
-from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
@@ -131,6 +131,45 @@ def test_union_over_ranks_that_hold_different_heads_is_refused(config: VllmConfi
     refuse_unsupported(two_ranks, Settings(selection="per_head"))
     with pytest.raises(UnsupportedError, match="union"):
         refuse_unsupported(two_ranks, Settings(selection="union"))
+
+
+def with_graphs(mode: CUDAGraphMode) -> Callable[[VllmConfig], Any]:
+    return lambda config: Changed(
+        config, compilation_config=Changed(config.compilation_config, cudagraph_mode=mode)
+    )
+
+
+HIDDEN: dict[str, tuple[Callable[[VllmConfig], Any], dict[str, Any], str]] = {
+    "full CUDA graphs": (
+        with_graphs(CUDAGraphMode.FULL_AND_PIECEWISE),
+        {},
+        r"inside full CUDA graphs \(cudagraph_mode=FULL_AND_PIECEWISE\); set cudagraph",
+    ),
+    "full graphs of decoding": (
+        with_graphs(CUDAGraphMode.FULL_DECODE_ONLY),
+        {},
+        "set cudagraph_mode to PIECEWISE with --compilation-config",
+    ),
+    "speculation": (with_ngram(), {}, "under speculation the host does not know their posi.*off"),
+    "fp8 KV": (with_cache(cache_dtype="fp8"), {}, "scales of fp8 keys are not read; set --kv-ca"),
+    "a window shorter than its queries": (
+        lambda config: config,
+        {"window": 7},
+        "the last 8 before a round, .*; raise window from 7 to 8 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_methods_that_look_at_queries_are_refused_where_they_cannot(
+    case: str, config: VllmConfig
+) -> None:
+    spoil, chosen, reason = HIDDEN[case]
+    looking = Settings.from_mapping({"method": "snapkv", **chosen})
+    refuse_unsupported(with_graphs(CUDAGraphMode.PIECEWISE)(config), Settings(method="snapkv"))
+    refuse_unsupported(spoil(config), Settings.from_mapping({"method": "knorm", **chosen}))
+    with pytest.raises(UnsupportedError, match=f"method 'snapkv' looks at queries.*{reason}"):
+        refuse_unsupported(spoil(config), looking)
 
 
 def test_all_reasons_are_given_at_once(config: VllmConfig) -> None:

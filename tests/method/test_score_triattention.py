@@ -17,7 +17,12 @@ from triattention_kernels import PagedKV, RoundBatch, score_torch
 
 from triattention_vllm.errors import StatisticsError
 from triattention_vllm.method.rope import Rotary
-from triattention_vllm.method.score_triattention import OFFSETS, TriAttentionScorer, mean_turn
+from triattention_vllm.method.score_triattention import (
+    OFFSETS,
+    TriAttentionScorer,
+    mean_turn,
+    offsets_of,
+)
 from triattention_vllm.method.statistics import Fingerprint, Statistics
 
 MakeFingerprint = Callable[..., Fingerprint]
@@ -280,3 +285,27 @@ def test_scores_equal_the_golden_ones_of_qwen3_8b(
     if dtype == torch.float32:
         magnitude = magnitude.amax(-1, keepdim=True)
     assert ((scores.double() - expected).abs() / magnitude).max().item() < tolerance
+
+
+def test_a_score_without_its_norm_term_or_with_other_offsets_is_the_same_sum_with_fewer_parts(
+    make_statistics: Callable[..., Statistics], make_rotary: Callable[..., Rotary]
+) -> None:
+    parts = (make_statistics(), make_rotary())
+    whole = TriAttentionScorer(*parts, dtype=torch.float64)
+    bare = TriAttentionScorer(*parts, dtype=torch.float64, norm_term=False)
+    assert whole.norm_weights.any()
+    assert not bare.norm_weights.any()
+    assert bare.centres.equal(whole.centres)
+    both = TriAttentionScorer(*parts, dtype=torch.float64, offsets=[3, 50]).turns([77])
+    near, far = (
+        TriAttentionScorer(*parts, dtype=torch.float64, offsets=[offset]).turns([77])
+        for offset in (3, 50)
+    )
+    torch.testing.assert_close(both, (near + far) / 2)
+    assert not torch.allclose(both, whole.turns([77]))
+
+
+def test_offsets_go_by_name_or_by_number() -> None:
+    assert offsets_of("geometric", 4096) == OFFSETS
+    assert offsets_of("short", 100) == (1, 2, 4, 8, 16, 32, 64)
+    assert offsets_of("7,300", 100) == (7, 300)

@@ -99,7 +99,7 @@ def test_a_round_keeps_the_candidates_with_the_highest_scores(method: str) -> No
     kv = small_cache()
     scorer = SCORERS[method]()
     scores = scorer.scores(kv, TWO_REQUESTS, [12, 8])
-    kept = run_rounds(kv, TWO_REQUESTS, [12, 8], scorer, "per_layer_per_head", "repack")
+    kept = run_rounds(kv, TWO_REQUESTS, [12, 8], scorer, "per_layer_per_head", "repack").kept
     for idx, first in enumerate(TWO_REQUESTS.first_candidate):
         num_tokens = TWO_REQUESTS.num_source_blocks[idx] * BLOCK_SIZE
         num_kept = TWO_REQUESTS.num_destination_blocks[idx] * BLOCK_SIZE

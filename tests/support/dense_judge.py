@@ -4,12 +4,12 @@ The reference replays each life of each observed request with the engine's own s
 prefix hits, preemptions and steps that were scheduled ahead are judged alike.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from dense_reference import DenseReference
-from dense_replay import Replay, Step, replay
+from dense_replay import RawScores, Replay, Step, replay
 from observed_engine import Life, Observed
 
 from triattention_vllm.config import Settings
@@ -21,12 +21,13 @@ FLOAT32_ERROR = 1e-4
 
 @dataclass
 class Judge:
-    """settings: without a calibration text. num_stages: of pipeline parallelism. masked: a grammar
+    """statistics: or, of a method that has none, the scores of a request's life. settings: without
+    a calibration text. num_stages: of pipeline parallelism. masked: a grammar
     had taken tokens out before the engine normalised, so that only differences between
     log-probabilities are the model's own."""
 
     dense: DenseReference
-    statistics: Statistics
+    statistics: Statistics | Callable[[Life], RawScores]
     settings: Settings
     block_size: int
     masked: bool = False
@@ -67,7 +68,7 @@ class Judge:
             tokens[: steps[-1].end],
             num_prompt=request.num_prompt,
             policy=self.settings.policy(self.block_size),
-            statistics=self.statistics,
+            statistics=self.statistics(life) if callable(self.statistics) else self.statistics,
             selection=self.settings.selection,
             steps=steps,
             kept_log=[joined(kept, self.num_stages) for kept in life.kept[:num_rounds]],

@@ -44,8 +44,9 @@ def fp8_e5m2(content: Tensor) -> Tensor:
 class DenseRun:
     """One sequence: tokens so far, their keys and values, and which of them are still visible.
 
-    keys, values: float64 [L, H_kv, n, D], keys after RoPE. visible: bool [L, H_kv, n]. L counts
-    the model's attention layers; ``states`` are those of the others.
+    keys, values: float64 [L, H_kv, n, D], keys after RoPE; queries: [L, H, n, D] likewise.
+    visible: bool [L, H_kv, n]. L counts the model's attention layers; ``states`` are those of
+    the others.
     """
 
     def __init__(self, model: DenseModel, stored: Stored = exactly) -> None:
@@ -55,6 +56,7 @@ class DenseRun:
         empty = torch.empty(num_layers, model.num_kv_heads, 0, model.head_dim, dtype=torch.float64)
         self.keys = empty
         self.values = empty
+        self.queries = empty[:, :1].repeat(1, model.num_heads, 1, 1)
         self.visible = torch.ones(num_layers, model.num_kv_heads, 0, dtype=torch.bool)
         self.states: dict[int, tuple[Tensor, ...]] = {}
 
@@ -81,25 +83,27 @@ class DenseRun:
         )
         x = model.embed(tokens)
         rows = {layer_idx: row for row, layer_idx in enumerate(model.attention_layers)}
-        keys, values = [], []
+        keys, values, queries = [], [], []
         states = dict(self.states)
         for layer_idx in range(model.num_layers):
             if layer_idx in rows:
                 own = None if seen is None else seen[rows[layer_idx]]
-                x, key, value = self._attention_layer(layer_idx, rows[layer_idx], x, own)
+                x, key, value, query = self._attention_layer(layer_idx, rows[layer_idx], x, own)
                 keys.append(key)
                 values.append(value)
+                queries.append(query)
             else:
                 mixed, states[layer_idx] = model.mix(layer_idx, x, states.get(layer_idx))
                 x = model.finish_layer(layer_idx, x, mixed)
         self.keys, self.values = torch.stack(keys), torch.stack(values)
+        self.queries = torch.cat([self.queries, torch.stack(queries)], 2)
         self.states = states
         return model.logits(x).log_softmax(-1)
 
     def _attention_layer(
         self, layer_idx: int, row: int, x: Tensor, seen: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(residual stream behind the layer, all its keys, all its values)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(residual stream behind the layer, all its keys, all its values, the new queries)."""
         model, rotary = self.model, self.model.rotary_of(layer_idx)
         positions = torch.arange(self.num_tokens, self.num_tokens + len(x))
         query, key, value = model.project(layer_idx, x)
@@ -115,7 +119,7 @@ class DenseRun:
         sinks = model.sinks_of(layer_idx)
         attended = attend(query, key, value, mask & allowed, model.scale, sinks)
         attended = model.gate(layer_idx, x, attended)
-        return model.finish_layer(layer_idx, x, attended), key, value
+        return model.finish_layer(layer_idx, x, attended), key, value, query
 
 
 def attend(

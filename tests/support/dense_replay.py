@@ -5,7 +5,7 @@ keys; nothing of the package's scoring, selection or movement is used. Where an 
 is given, the replay checks that it is a best choice up to rounding, and goes on with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,6 +31,11 @@ class QueryStatistics(Protocol):
     def magnitude(self) -> Tensor: ...
     @property
     def unrotated_mean(self) -> Tensor: ...
+
+
+RawScores = Callable[[DenseRun, Tensor, Round], Tensor]
+"""Raw scores float64 [L, H, T] of the candidates at positions [L, H_kv, T] in a round; H may be the
+number of KV heads."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def replay(
     *,
     num_prompt: int,
     policy: Policy,
-    statistics: QueryStatistics,
+    statistics: QueryStatistics | RawScores,
     selection: str = "per_head",
     steps: Sequence[Step] | None = None,
     kept_log: Sequence[Tensor] | None = None,
@@ -104,6 +109,7 @@ def replay(
 ) -> Replay:
     """Compute ``tokens`` (all that the engine computed: without the last one generated).
 
+    statistics: what the score is made from, or another method's scores.
     steps: defaults to the whole prompt in one step, then single tokens.
     kept_log: the engine's choice of each round in order, int64 [L, H_kv, kept]: ascending token
     indices inside the round's region, which begins at the block of the first candidate.
@@ -160,7 +166,7 @@ def replay(
 def _run_round(
     run: DenseRun,
     due: Round,
-    statistics: QueryStatistics,
+    statistics: QueryStatistics | RawScores,
     selection: str,
     block_size: int,
     choice: Tensor | None,
@@ -174,7 +180,10 @@ def _run_round(
     visible = run.visible[rows]
     cached = visible.nonzero()[:, 2].view(len(rows), num_kv_heads, -1)  # ascending positions
     candidates = cached[:, :, due.first_candidate : due.end_candidate]
-    raw = _scores_of(run, candidates, statistics, due.nominal_boundary)
+    if callable(statistics):
+        raw = statistics(run, candidates, due)
+    else:
+        raw = _scores_of(run, candidates, statistics, due.nominal_boundary)
     scores = torch.empty(candidates.shape, dtype=torch.float64)
     for group in map(list, groups):
         scores[group] = combine(raw[group], candidates[group], num_kv_heads, selection, num_stages)

@@ -23,6 +23,9 @@ from triattention_vllm.engine.spec import CompressedAttentionSpec
 QueryObserver = Callable[[str, torch.Tensor], None]
 """Called with a layer's name and its queries after RoPE, [n, H, D], before attention."""
 
+RowReader = Callable[[CommonAttentionMetadata], None]
+"""Called with vLLM's description of the batch that is about to run."""
+
 _BACKENDS = f"{__package__}.backends"
 BACKENDS: dict[AttentionBackendEnum, str] = {
     AttentionBackendEnum.CPU_ATTN: f"{_BACKENDS}.cpu.CompressedCPUBackend",
@@ -62,6 +65,9 @@ class ShiftedRows:
     null_heads: NullHeads
     """What the host knows of this step's null heads; set by the worker."""
 
+    row_reader: RowReader | None = None
+    """Set by the worker where a scorer looks at queries."""
+
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,
@@ -85,6 +91,8 @@ class ShiftedRows:
         fast_build: bool = False,
     ) -> Any:
         """vLLM's ``build`` on rows without their null head."""
+        if self.row_reader is not None:
+            self.row_reader(common_attn_metadata)
         if isinstance(self.kv_cache_spec, CompressedAttentionSpec):
             common_attn_metadata = self._shifted(common_attn_metadata)
         return super().build(  # type: ignore[misc]
@@ -131,7 +139,8 @@ def unquantised(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 class ObservedQueries:
-    """In front of an attention implementation: calibration may look at a plain run's queries."""
+    """In front of an attention implementation: calibration, and scorers that look at queries, see
+    them wherever vLLM runs it outside full CUDA graphs."""
 
     query_observer: QueryObserver | None = None
 

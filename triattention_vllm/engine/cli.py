@@ -20,12 +20,12 @@ from triattention_vllm.config import (
     OFF,
     Settings,
     descriptions,
-    settings_help,
 )
 from triattention_vllm.engine.metrics_folder import share_metrics_folder
 from triattention_vllm.engine.other_plugins import refuse_authors_plugin
 from triattention_vllm.engine.versions import require_attributes, require_verified, vllm_version
 from triattention_vllm.errors import SettingsError, UnsupportedError
+from triattention_vllm.settings_text import settings_help
 from triattention_vllm.sources import merge, resolve_settings
 
 SCHEDULER = "triattention_vllm.engine.scheduler.CompressionScheduler"

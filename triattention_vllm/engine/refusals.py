@@ -6,13 +6,14 @@ from torch import nn
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
-from vllm.v1.kv_cache_interface import get_kv_quant_mode
+from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS
 from triattention_vllm.engine.drafts import SPECULATIVE_METHODS
 from triattention_vllm.engine.stored_kv import KV_DTYPES
 from triattention_vllm.errors import UnsupportedError
+from triattention_vllm.method.scorers import OBSERVING_SCORERS
 
 _READ_MODES = {get_kv_quant_mode(name) for name in KV_DTYPES}
 
@@ -67,6 +68,8 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
     if vllm_config.kv_transfer_config is not None:
         yield "a KV connector loads and saves blocks by token position; unset kv_transfer_config"
     yield from _speculation_refusals(vllm_config.speculative_config)
+    if settings.method in OBSERVING_SCORERS:
+        yield from _observation_refusals(vllm_config, settings)
     if parallel.distributed_executor_backend == "ray":
         yield "the Ray executor has not been verified with compression; use the 'mp' executor"
     if parallel.use_ubatching:
@@ -97,6 +100,27 @@ def _speculation_refusals(config: SpeculativeConfig | None) -> Iterator[str]:
         )
     elif config.parallel_drafting:
         yield "parallel drafting has not been verified with compression; turn it off"
+
+
+def _observation_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
+    """A scorer that looks at queries runs where the host sees every query and its position."""
+    method = f"method {settings.method!r} looks at queries"
+    num_queries = OBSERVING_SCORERS[settings.method].num_queries
+    if settings.window < num_queries:
+        yield (
+            f"{method}, the last {num_queries} before a round, which have to be behind every "
+            f"candidate; raise window from {settings.window} to {num_queries} or more"
+        )
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    if graphs.has_full_cudagraphs():
+        yield (
+            f"{method}, which nothing can see inside full CUDA graphs (cudagraph_mode="
+            f"{graphs.name}); set cudagraph_mode to PIECEWISE with --compilation-config"
+        )
+    if vllm_config.speculative_config is not None:
+        yield f"{method}, and under speculation the host does not know their positions; turn it off"
+    if get_kv_quant_mode(vllm_config.cache_config.cache_dtype) == KVQuantMode.FP8_PER_TENSOR:
+        yield f"{method}, and the scales of fp8 keys are not read; set --kv-cache-dtype auto"
 
 
 def _layer_refusals(layer: nn.Module) -> Iterator[str]:

@@ -12,16 +12,20 @@ from vllm.model_executor.models.utils import extract_layer_index
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_layout import paged_kv
 from triattention_vllm.engine.kv_manager import RoundPlan
+from triattention_vllm.engine.observations import Observations
+from triattention_vllm.engine.recorded_queries import RecordedQueries
 from triattention_vllm.engine.trace import SurvivorTrace
 from triattention_vllm.method.policy import Policy
+from triattention_vllm.method.ranking import Ranking
 from triattention_vllm.method.rope import Rotary
 from triattention_vllm.method.round import run_rounds
 from triattention_vllm.method.score_knorm import KnormScorer
 from triattention_vllm.method.score_random import RandomScorer
 from triattention_vllm.method.score_streamingllm import StreamingLLMScorer
-from triattention_vllm.method.score_triattention import TriAttentionScorer
+from triattention_vllm.method.score_triattention import TriAttentionScorer, offsets_of
 from triattention_vllm.method.score_vnorm import VnormScorer
 from triattention_vllm.method.scorer import Scorer
+from triattention_vllm.method.scorers import OBSERVING_SCORERS
 from triattention_vllm.method.statistics import Statistics
 
 MAX_BATCH_TOKENS = 1 << 16
@@ -119,19 +123,53 @@ def in_kernel_blocks(plan: RoundPlan, split: int) -> RoundPlan:
 
 
 class TargetRounds(Rounds):
-    """Rounds of the model's own layers: the best-scored candidates survive."""
+    """Rounds of the model's own layers: the best-scored candidates survive.
 
-    def __init__(self, kv: PagedKV, block_size: int, scorer: Scorer, settings: Settings) -> None:
+    observations: what the scorer is told of each request, where it looks at queries.
+    """
+
+    def __init__(
+        self,
+        kv: PagedKV,
+        block_size: int,
+        scorer: Scorer,
+        settings: Settings,
+        observations: Observations | None = None,
+    ) -> None:
         super().__init__(kv, block_size)
         self.scorer = scorer
         self.selection = settings.selection
         self.compaction = settings.compaction
+        self.observations = observations
+        self.ranking = Ranking(
+            normalise=settings.score_normalise == "heads",
+            layers=settings.score_layers,
+            protected_values=settings.score_protect_values,
+        )
 
     def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
         """Score, select and compact."""
         batch = _batch(plans, self.kv.keys.device)
         boundaries = [plan.nominal_boundary for plan in plans]
-        return run_rounds(self.kv, batch, boundaries, self.scorer, self.selection, self.compaction)
+        observed = [] if self.observations is None else [self.observations.of(p) for p in plans]
+        kept, scores = run_rounds(
+            self.kv,
+            batch,
+            boundaries,
+            self.scorer,
+            self.selection,
+            self.compaction,
+            observed,
+            self.ranking,
+        )
+        if self.observations is not None:
+            self.observations.keep(plans, scores, kept)
+        return kept
+
+    def warm_up(self, group_id: int, policy: Policy, num_blocks: int) -> None:
+        """Nothing where queries have to be seen first: a first round may wait for a compiler."""
+        if self.observations is None:
+            super().warm_up(group_id, policy, num_blocks)
 
 
 class DraftRounds(Rounds):
@@ -186,6 +224,7 @@ def target_rounds(
     statistics: tuple[Statistics, Rotary] | None,
     rank: int,
     settings: Settings,
+    max_model_len: int,
 ) -> TargetRounds:
     """The rounds of a group's layers of the served model, for this rank's heads.
 
@@ -198,8 +237,13 @@ def target_rounds(
         whole, rotary = statistics
         num_heads = layers[0].num_heads
         shard = whole.shard(indices, rank * num_heads, num_heads)
-        scorer = TriAttentionScorer(shard, rotary, kv.keys.device)
+        scorer = triattention_scorer(shard, rotary, kv.keys.device, settings, max_model_len)
         return TargetRounds(kv, block_size, scorer, settings)
+    if settings.method in OBSERVING_SCORERS:
+        observing = OBSERVING_SCORERS[settings.method]([layer.impl.scale for layer in layers])
+        queries = RecordedQueries(layers, observing.num_queries, settings.interval)
+        observations = Observations(queries, observing.accumulates)
+        return TargetRounds(kv, block_size, observing, settings, observations)
     scorers: dict[str, Scorer] = {
         "streamingllm": StreamingLLMScorer(),
         "knorm": KnormScorer(),
@@ -207,6 +251,23 @@ def target_rounds(
         "random": RandomScorer(indices, rank * kv.num_kv_heads),
     }
     return TargetRounds(kv, block_size, scorers[settings.method], settings)
+
+
+def triattention_scorer(
+    shard: Statistics,
+    rotary: Rotary,
+    device: torch.device,
+    settings: Settings,
+    max_model_len: int,
+) -> TriAttentionScorer:
+    """The score of these layers and heads as the settings want it."""
+    return TriAttentionScorer(
+        shard,
+        rotary,
+        device,
+        offsets=offsets_of(settings.score_offsets, max_model_len),
+        norm_term=settings.score_norm_term == "full",
+    )
 
 
 def draft_rounds(layers: Sequence[Attention], block_size: int) -> DraftRounds:

@@ -10,6 +10,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.parallel_state import get_world_group
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -146,10 +147,12 @@ class CompressionWorker(Worker):
                     statistics,
                     get_tensor_model_parallel_rank(),
                     self.settings,
+                    self.vllm_config.model_config.max_model_len,
                 )
                 if self.rank == 0:
                     rounds = self.rounds[group_id]
                     rounds.trace = survivor_trace(self.vllm_config, rounds.kv.block_size)
+                self._observe_queries(group_id, own)
             if drafts:
                 self.draft_rounds[group_id] = draft_rounds(drafts, spec.block_size)
         if get_world_group().rank_in_group == 0:
@@ -162,6 +165,30 @@ class CompressionWorker(Worker):
                 )
             )
         return times
+
+    def _observe_queries(self, group_id: int, layer_names: Sequence[str]) -> None:
+        """From now on show the queries of every step to a scorer that looks at them."""
+        observations = self.rounds[group_id].observations
+        if observations is None:
+            return
+        queries, rows, device = observations.queries, self.rows, self.device
+
+        def read_rows(metadata: CommonAttentionMetadata) -> None:
+            queries.read_rows(rows.requests(metadata), device)
+
+        for group in itertools.chain(*self.model_runner.attn_groups):
+            if group.kv_cache_group_id == group_id:
+                for builder in group.metadata_builders:
+                    builder.row_reader = read_rows
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name in layer_names:
+            layers[name].impl.query_observer = queries.observe
+
+    def _begin_step(self, step: SchedulerOutput | None) -> None:
+        """Tell what looks at queries which step runs next, if it is one of requests."""
+        for rounds in self.rounds.values():
+            if rounds.observations is not None:
+                rounds.observations.begin_step(step)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> StepOutput:
         """Carry out this step's rounds, then vLLM's step.
@@ -177,6 +204,7 @@ class CompressionWorker(Worker):
                 self._run_rounds(plans)
         for plan in plans:
             self.rows.write(plan)
+        self._begin_step(scheduler_output)
         null_heads = scheduler_output.null_heads if planned else {}
         for group_id, of_group in self.null_heads.items():
             of_group.begin_step(null_heads.get(group_id, {}))
@@ -200,6 +228,7 @@ class CompressionWorker(Worker):
 
     def execute_dummy_batch(self) -> None:
         """vLLM's batch without requests, which other data-parallel ranks wait for."""
+        self._begin_step(None)
         for null_heads in self.null_heads.values():
             null_heads.begin_step({})
         super().execute_dummy_batch()

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch
 
+from triattention_vllm.method.scorer import Observation, Scorer
+
 SEED = 20260
 
 
-class RandomScorer:
+class RandomScorer(Scorer):
     """Scores that depend on the nominal boundary, the layer and the KV head, not on the request.
 
     layers: indices in the whole model. first_kv_head: this rank's first KV head in the whole
@@ -23,7 +25,13 @@ class RandomScorer:
         self._layers = tuple(layers)
         self._first_kv_head = first_kv_head
 
-    def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
+    def scores(
+        self,
+        kv: PagedKV,
+        batch: RoundBatch,
+        boundaries: Sequence[int],
+        observed: Sequence[Observation] = (),
+    ) -> Tensor:
         """See ``Scorer.scores``; one score per KV head, float32. Drawn on the host."""
         num_tokens = batch.source_blocks.shape[1] * kv.block_size
         shape = (len(boundaries), kv.num_layers, kv.num_kv_heads, num_tokens)

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch
 
+from triattention_vllm.method.scorer import Observation, Scorer
 
-class StreamingLLMScorer:
+
+class StreamingLLMScorer(Scorer):
     """Recency alone."""
 
-    def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
+    def scores(
+        self,
+        kv: PagedKV,
+        batch: RoundBatch,
+        boundaries: Sequence[int],
+        observed: Sequence[Observation] = (),
+    ) -> Tensor:
         """See ``Scorer.scores``; one score per KV head, float32 (exact below 2^24 tokens)."""
         num_requests, num_blocks = batch.source_blocks.shape
         num_tokens = num_blocks * kv.block_size

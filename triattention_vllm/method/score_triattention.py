@@ -20,18 +20,21 @@ from triattention_kernels import PagedKV, RoundBatch, score
 
 from triattention_vllm.errors import StatisticsError
 from triattention_vllm.method.rope import Rotary, dims_from_pairs, phases
+from triattention_vllm.method.scorer import Observation, Scorer
 from triattention_vllm.method.statistics import Statistics
 
 OFFSETS = tuple(2**power for power in range(17))
 
 
-class TriAttentionScorer:
+class TriAttentionScorer(Scorer):
     """Weights that the score kernel multiplies with cached keys, for L layers and H query heads.
 
     statistics: of exactly these layers and heads (a rank's shard); rotary: of the same layers.
     dtype: of the weights, float32 or float64. device: where they are used.
     Cached keys already carry the attention factor ``m``; the rotated weights carry it as well, as
     the query would, so that rotated and unrotated dims keep their relative weight.
+
+    offsets: distances of the next queries. norm_term: False leaves ``e_f`` out.
 
     centres: ``m qbar_f`` and ``E[q_d]``, [L, H, D] of this dtype in head-dim order.
     norm_weights: ``m e_f``, [L, H, F]. rotary_dim: ``2F``; a NoPE layer has zeros in its norm
@@ -46,6 +49,8 @@ class TriAttentionScorer:
         rotary: Rotary,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        offsets: Sequence[int] = OFFSETS,
+        norm_term: bool = True,
     ) -> None:
         _check_same_layers(statistics, rotary)
         factor = rotary.attention_factor.cpu().reshape(-1, 1, 1)
@@ -57,15 +62,22 @@ class TriAttentionScorer:
         rotated = dims_from_pairs(factor * centre, self.interleaved)
         centres = unrotated + pad(rotated, (0, unrotated.shape[-1] - self.rotary_dim))
         self.centres = centres.to(device=device, dtype=dtype)
-        self.norm_weights = (factor * excess).to(device=device, dtype=dtype)
+        weight = factor if norm_term else 0 * factor
+        self.norm_weights = (weight * excess).to(device=device, dtype=dtype)
         # Layers mostly share their frequencies: each set of them is turned once.
         rows = [tuple(row) for row in rotary.inv_freq.tolist()]
         distinct = list(dict.fromkeys(rows))
         self._inv_freq = rotary.inv_freq.cpu()[[rows.index(row) for row in distinct]]
         self._row_of_layer = [distinct.index(row) for row in rows]
-        self._offset_mean = mean_turn(self._inv_freq, OFFSETS)
+        self._offset_mean = mean_turn(self._inv_freq, offsets)
 
-    def scores(self, kv: PagedKV, batch: RoundBatch, boundaries: Sequence[int]) -> Tensor:
+    def scores(
+        self,
+        kv: PagedKV,
+        batch: RoundBatch,
+        boundaries: Sequence[int],
+        observed: Sequence[Observation] = (),
+    ) -> Tensor:
         """See ``Scorer.scores``; one score per query head."""
         return score(
             kv,
@@ -92,6 +104,15 @@ class TriAttentionScorer:
         if device.type == "cuda":
             turns = turns.pin_memory()  # the host would wait for a copy of other memory
         return turns.to(device, non_blocking=True).expand(-1, len(self.centres), -1)
+
+
+def offsets_of(setting: str, longest: int) -> tuple[int, ...]:
+    """The offsets that ``score_offsets`` names; ``short`` ends at ``longest`` tokens."""
+    if setting == "geometric":
+        return OFFSETS
+    if setting == "short":
+        return tuple(offset for offset in OFFSETS if offset <= longest)
+    return tuple(map(int, setting.split(",")))
 
 
 def mean_turn(inv_freq: Tensor, offsets: Sequence[int]) -> Tensor:
