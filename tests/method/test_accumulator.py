@@ -30,7 +30,7 @@ def test_means_worked_out_by_hand(make_fingerprint: MakeFingerprint) -> None:
         "tokens_seen": "2",
         "text": "mine",
         "versions": "v",
-        "schema_version": "1",
+        "schema_version": "2",
     }
 
 
