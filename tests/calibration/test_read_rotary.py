@@ -16,6 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_rope as phi3
 
+from triattention_vllm.engine.differences import LINE
 from triattention_vllm.engine.rotary import read_rotary
 from triattention_vllm.engine.rotary_calls import CONDITIONS, conditions_in
 from triattention_vllm.errors import SeamError, UnsupportedError
@@ -122,7 +123,7 @@ def test_plain_frequencies_are_theta_to_the_power_of_minus_2f_over_d() -> None:
             },
         ),
         ("yarn", {"factor": 4.0, "original_max_position_embeddings": ORIGINAL}),
-        (
+        pytest.param(
             "yarn",
             {
                 "factor": 16.0,
@@ -131,6 +132,9 @@ def test_plain_frequencies_are_theta_to_the_power_of_minus_2f_over_d() -> None:
                 "beta_slow": 2.0,
                 "attention_factor": 1.25,
             },
+            marks=pytest.mark.skipif(
+                LINE < (0, 30), reason="vLLM does not read yarn's attention_factor through 0.29"
+            ),
         ),
     ],
 )

@@ -49,9 +49,7 @@ def symbols(cell: str) -> Iterator[tuple[str, str]]:
 
 
 def lines_of(cell: str) -> tuple[tuple[int, int], ...]:
-    """Release lines of a cell such as ``0.29-0.33``, or ``0.28`` alone; 0.32 alone means all."""
-    if cell == "0.32":
-        return KNOWN_LINES
+    """Release lines of a cell such as ``0.29-0.33``, or ``0.28`` alone."""
     first, _, last = cell.partition("-")
     numbers = [versions.release_line(word) for word in (first, last or first)]
     ends = [KNOWN_LINES.index(line) for line in numbers if line in KNOWN_LINES]
