@@ -43,6 +43,7 @@ FULL_ATTENTION_LAYERS = {
     "smollm3": (0, 1, 2, 3),
     "qwen3_next": (1, 3),
 }
+HEADS_FIRST = ("gemma3",)
 PARTLY_ROTATED = ("gptj", "gpt_neox", "qwen3_next")
 IN_BFLOAT16 = ("qwen3", "qwen3_next")
 UNROTATED_LAYERS = {"smollm3": (2,)}
@@ -99,7 +100,10 @@ def transformers_queries(
     layers = {}
     for layer, outputs in recorded.items():
         # gpt_neox projects queries, keys and values of a head next to each other.
-        heads = [out[0].reshape(out.shape[1], num_heads, -1)[..., :head_dim] for out in outputs]
+        tokens_first = [out.transpose(1, 2) if family in HEADS_FIRST else out for out in outputs]
+        heads = [
+            out[0].reshape(out.shape[1], num_heads, -1)[..., :head_dim] for out in tokens_first
+        ]
         layers[layer] = torch.cat(heads).numpy()
     return layers
 
