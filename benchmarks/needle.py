@@ -62,7 +62,7 @@ class Size:
     chunk: int = 128
 
 
-NORMAL = Size(1500, (96,), (None, "triattention", "streamingllm"), 9, 6, 20)
+NORMAL = Size(1500, (96,), (None, "triattention", "random", "streamingllm"), 9, 6, 20)
 TINY = Size(500, (128,), ("triattention",), 5, 2, 6)
 
 
@@ -259,8 +259,10 @@ def run(size: Size, output: Path) -> None:
         for method, budget in cases(size):
             settings = None
             if method is not None:
-                settings = {"method": method, "budget": budget, "calibration_text": str(text)}
+                settings = {"method": method, "budget": budget}
                 settings |= {"interval": size.interval, "window": size.window}
+                if method == "triattention":
+                    settings["calibration_text"] = str(text)
             result: Json = {"method": method or "full attention", "budget": budget}
             for kind in KINDS:
                 with context.Pool(1) as pool:

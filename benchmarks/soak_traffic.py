@@ -258,7 +258,6 @@ _MALFORMED: list[Any] = [
     b"[1, 2, 3]",
     b"null",
     {},
-    {"prompt": "a"},
     {"prompt": None, "max_tokens": 4},
     {"prompt": "a", "max_tokens": -1},
     {"prompt": "a", "max_tokens": "many"},
