@@ -130,6 +130,6 @@ def test_the_first_sentence_is_that_of_the_result_file() -> None:
     _, *steps, full, compressed, _ = [cell.strip() for cell in row.strip("|").split("|")]
     slow, fast = (round(float(step.split()[0])) for step in steps)
     assert first.startswith(
-        f"Four requests of 16,384 tokens hold {compressed} KV blocks instead of {full}, and a decode "
-        f"step takes {fast} ms instead of {slow} "
+        f"Four requests of 16,384 tokens hold {compressed} KV blocks instead of {full}, "
+        f"and a decode step takes {fast} ms instead of {slow} "
     )
