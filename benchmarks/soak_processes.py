@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -39,8 +40,9 @@ class ProcessSampler:
         """One sample of every process."""
         now = time.monotonic() - self.start
         for process in (self.root, *self.root.children(recursive=True)):
-            # A process is named by its id and what it calls itself.
-            name = f"{process.pid} {' '.join(process.cmdline())[:40] or process.name()}"
+            # A process is named by its id and what it calls itself, without folders.
+            words = [Path(word).name for word in process.cmdline()[:3]]
+            name = f"{process.pid} {' '.join(words)[:40] or process.name()}"
             own = self.samples[name]
             own.seconds.append(now)
             own.values["rss_mib"].append(process.memory_info().rss / 2**20)
