@@ -6,7 +6,8 @@ from triattention_kernels.fill_holes import fill_holes
 from triattention_kernels.forward import forward_groups, moves_forward
 from triattention_kernels.implementation import Implementation
 from triattention_kernels.layers import stack_layers
-from triattention_kernels.paged import PagedKV, RoundBatch
+from triattention_kernels.paged import PagedKV
+from triattention_kernels.round_batch import RoundBatch
 from triattention_kernels.score import score
 from triattention_kernels.select import Selection, select
 from triattention_kernels.shift import shift_rows

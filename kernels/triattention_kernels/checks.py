@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from triattention_kernels.errors import ArgumentError
-from triattention_kernels.paged import PagedKV, RoundBatch
+from triattention_kernels.paged import PagedKV
+from triattention_kernels.round_batch import RoundBatch
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 SCORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FP8_DTYPES)

@@ -5,7 +5,8 @@ from torch import Tensor
 from triattention_kernels import compact_torch
 from triattention_kernels.checks import check_compact
 from triattention_kernels.implementation import Implementation, choose
-from triattention_kernels.paged import PagedKV, RoundBatch
+from triattention_kernels.paged import PagedKV
+from triattention_kernels.round_batch import RoundBatch
 
 
 def compact(

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from triattention_kernels.paged import PagedKV, RoundBatch
+from triattention_kernels.paged import PagedKV
+from triattention_kernels.round_batch import RoundBatch
 
 # Layers are independent. They are moved a few at a time, about this many elements (keys and
 # values): that stays in the processor's cache and bounds the scratch memory.

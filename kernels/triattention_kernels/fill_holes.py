@@ -6,7 +6,7 @@ from torch import Tensor
 from triattention_kernels import fill_holes_torch
 from triattention_kernels.checks import check_batch, check_tensor
 from triattention_kernels.implementation import Implementation, choose
-from triattention_kernels.paged import RoundBatch
+from triattention_kernels.round_batch import RoundBatch
 
 
 def fill_holes(

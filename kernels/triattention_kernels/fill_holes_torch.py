@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from triattention_kernels.paged import RoundBatch
+from triattention_kernels.round_batch import RoundBatch
 
 
 def fill_holes(kept: Tensor, batch: RoundBatch, block_size: int) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triattention_kernels.paged import RoundBatch
+from triattention_kernels.round_batch import RoundBatch
 
 TILE = 512
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from triattention_kernels.paged import PagedKV, RoundBatch
+from triattention_kernels.paged import PagedKV
+from triattention_kernels.round_batch import RoundBatch
 
 # Keys are cast to the dtype of the arithmetic one block and a few layers at a time: tiles of
 # about this many elements stay in the processor's cache and bound the scratch memory.

@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from triattention_kernels.errors import ArgumentError
-from triattention_kernels.paged import PagedKV, RoundBatch
+from triattention_kernels.paged import PagedKV
 from triattention_kernels.paged_triton import dim_offsets, token_offsets
+from triattention_kernels.round_batch import RoundBatch
 
 # fp8 keys are read as bytes and converted by their bits, so that every device can.
 KEY_FORMATS = {

@@ -8,7 +8,7 @@ from triattention_kernels import select_torch
 from triattention_kernels.checks import check_select
 from triattention_kernels.errors import ArgumentError
 from triattention_kernels.implementation import Implementation, choose
-from triattention_kernels.paged import RoundBatch
+from triattention_kernels.round_batch import RoundBatch
 
 Selection = Literal["per_head", "per_layer_per_head", "union"]
 

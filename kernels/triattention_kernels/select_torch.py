@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from triattention_kernels.paged import RoundBatch
+from triattention_kernels.round_batch import RoundBatch
 
 MIN_STD = 1e-6
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triattention_kernels.errors import ArgumentError
-from triattention_kernels.paged import RoundBatch
+from triattention_kernels.round_batch import RoundBatch
 
 # Fixed, so that the order of a sum, and with it the result, depends on the request alone.
 STATISTICS_TILE = 1024
