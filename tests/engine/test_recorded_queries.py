@@ -26,21 +26,26 @@ def recorded() -> RecordedQueries:
 
 
 def step_of(
-    tokens: Mapping[str, tuple[int, int]], finished: Collection[str] = ()
+    tokens: Mapping[str, tuple[int, int]],
+    finished: Collection[str] = (),
+    begun: Collection[str] = (),
+    resumed: Collection[str] = (),
 ) -> SchedulerOutput:
-    """A step in which each request computes positions [start, end); those at 0 are new."""
+    """A step in which each request computes positions [start, end); those at 0 and those ``begun``
+    are new, and ``resumed`` ones start again after preemption."""
     step = SchedulerOutput.make_empty()
     step.num_scheduled_tokens = {name: end - start for name, (start, end) in tokens.items()}
     step.finished_req_ids = set(finished)
     cached = CachedRequestData.make_empty()
     for name, (start, _) in tokens.items():
-        if start:
+        if name in resumed or (start and name not in begun):
             cached.req_ids.append(name)
             cached.num_computed_tokens.append(start)
         else:
             step.scheduled_new_reqs.append(
-                NewRequestData(name, [], [], SamplingParams(), None, ([],), 0, None)
+                NewRequestData(name, [], [], SamplingParams(), None, ([],), start, None)
             )
+    cached.resumed_req_ids.update(resumed)
     step.scheduled_cached_reqs = cached
     return step
 
@@ -50,9 +55,14 @@ def query(name: str, position: int, layer: str, run: int = 0) -> float:
     return hash((name, position, layer, run)) % 1_000_003
 
 
-def run_step(queries: RecordedQueries, tokens: Mapping[str, tuple[int, int]], run: int = 0) -> None:
+def run_step(
+    queries: RecordedQueries,
+    tokens: Mapping[str, tuple[int, int]],
+    run: int = 0,
+    **starts: Collection[str],
+) -> None:
     """One step, rows in the order of ``tokens``, with padding behind the last."""
-    queries.begin_step(step_of(tokens))
+    queries.begin_step(step_of(tokens, **starts))
     queries.read_rows([*tokens, ""], CPU)
     for layer in LAYERS:
         shown = [
@@ -97,18 +107,25 @@ def test_a_round_sees_the_last_queries_before_its_boundary_however_late_it_is_no
 
 def test_behind_a_prefix_hit_the_first_queries_that_were_computed_stand_in() -> None:
     queries = recorded()
-    run_step(queries, {"a": (20, 22)})
+    run_step(queries, {"a": (20, 22)}, begun={"a"})
     assert seen(queries, "a", 16) == expected("a", range(20, 22))
     run_step(queries, {"a": (22, 30)})
     assert seen(queries, "a", 16) == expected("a", range(20, 24))
     assert seen(queries, "a", 30) == expected("a", range(26, 30))
 
 
-def test_a_request_that_starts_again_shows_nothing_of_its_first_run() -> None:
+@pytest.mark.parametrize("num_hits", [0, 16, 30])
+@pytest.mark.parametrize("starts", ["resumed", "begun"])
+def test_a_request_that_starts_again_shows_nothing_of_its_first_run(
+    num_hits: int, starts: str
+) -> None:
+    """Also where its prefix-cache hit is as long as all that it had computed; model runner V2 is
+    told of a request that starts again as of a new one."""
     queries = recorded()
     run_step(queries, {"a": (0, 30)})
-    run_step(queries, {"a": (16, 19)}, run=1)
-    assert seen(queries, "a", 18) == expected("a", range(16, 19), run=1)
+    run_step(queries, {"a": (num_hits, num_hits + 3)}, run=1, **{starts: {"a"}})
+    again = expected("a", range(num_hits, num_hits + 3), run=1)
+    assert seen(queries, "a", num_hits + 2) == again
 
 
 def test_requests_that_end_make_room_and_others_keep_theirs() -> None:

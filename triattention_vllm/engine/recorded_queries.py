@@ -54,11 +54,13 @@ class RecordedQueries:
         self._starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         self._starts |= {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
         self._num_tokens = step.num_scheduled_tokens
+        # A preempted request starts again, or behind a prefix-cache hit, which may be as long as
+        # all that it had computed.
+        begun = {new.req_id for new in step.scheduled_new_reqs} | cached.resumed_req_ids
         for request_id, num_tokens in self._num_tokens.items():
             start = self._starts[request_id]
-            first, last = self._positions.get(request_id, (start, start))
-            # A preempted request starts again, or behind a prefix-cache hit.
-            self._positions[request_id] = (first if start == last else start, start + num_tokens)
+            first = start if request_id in begun else self._positions[request_id][0]
+            self._positions[request_id] = (first, start + num_tokens)
 
     def read_rows(self, requests: Sequence[str], device: torch.device) -> None:
         """Where each query of the step goes. requests: in the order of the batch."""
