@@ -1,15 +1,6 @@
-"""Run as a script: calibrate one model folder in a stock vLLM engine with our attention.
+"""Calibrates one model folder in a stock vLLM engine with our attention."""
 
-python stock_engine.py MODEL TEXT OUTPUT '{"dtype": "float32", ...engine arguments...}'
-"""
-
-import json
-import os
-import sys
-from pathlib import Path
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.attention import Attention
@@ -26,13 +17,10 @@ def greedy_answer(engine: LLM) -> list[int]:
     return list(outputs[0].outputs[0].token_ids)
 
 
-def main(model_folder: str, text_file: str, output: str, engine_arguments: str) -> None:
+def run(job: dict[str, Any]) -> None:
+    """``job``: model, text, output (a file for the statistics) and arguments of the engine."""
     override_backends()
-    engine = LLM(
-        model=model_folder,
-        kv_cache_memory_bytes=64 << 20,
-        **json.loads(engine_arguments),
-    )
+    engine = LLM(job["model"], kv_cache_memory_bytes=64 << 20, **job["engine"])
     core = engine.llm_engine.engine_core.engine_core
     worker = core.model_executor.driver_worker.worker
     layers = worker.vllm_config.compilation_config.static_forward_context
@@ -52,14 +40,10 @@ def main(model_folder: str, text_file: str, output: str, engine_arguments: str) 
         names,
         rotary,
         fingerprint,
-        Path(text_file).read_text(encoding="utf-8"),
+        job["text"],
         "test text",
     )
     assert greedy_answer(engine) == before, "calibration left something behind"
     assert not any("calibration" in name for name in worker.model_runner.requests)
     assert all(layers[name].impl.query_observer is None for name in names)
-    statistics.save(output)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    statistics.save(job["output"])

@@ -1,17 +1,14 @@
 """Calibration in vLLM equals means over transformers' queries before RoPE, in float64."""
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from fresh_process import run_script
 from test_dense_reference import in_float64
 from tiny_models import CONFIGS, write_model
 
@@ -62,15 +59,14 @@ def write_family(family: str, folder: Path) -> Path:
 
 def calibrated(model: Path, folder: Path, **engine_arguments: object) -> Statistics:
     """Statistics that a stock engine makes in a process of its own."""
-    text, output = folder / "text.txt", folder / "made.safetensors"
-    text.write_text(TEXT, encoding="utf-8")
-    arguments = {"max_model_len": MAX_MODEL_LEN, "enforce_eager": True, **engine_arguments}
-    script = Path(__file__).with_name("stock_engine.py")
-    command = [sys.executable, script, model, text, output, json.dumps(arguments)]
-    process = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=500, env=os.environ
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    output = folder / "made.safetensors"
+    job = {
+        "model": str(model),
+        "text": TEXT,
+        "output": str(output),
+        "engine": {"max_model_len": MAX_MODEL_LEN, "enforce_eager": True, **engine_arguments},
+    }
+    run_script(Path(__file__).with_name("stock_engine.py"), job)
     return Statistics.load(output)
 
 

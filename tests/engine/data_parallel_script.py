@@ -4,7 +4,6 @@ import asyncio
 import os
 from typing import Any
 
-from observed_engine import script_main
 from vllm import AsyncEngineArgs, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -58,7 +57,3 @@ async def answer(engine: AsyncLLM, prompt: list[int], rank: int, num_tokens: int
                 "logprobs": [{t: v.logprob for t, v in row.items()} for row in last.logprobs],
             }
     raise AssertionError(f"{name} ended without an answer")
-
-
-if __name__ == "__main__":
-    script_main(run)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cache_traffic import cache_traffic, conversation, pool_traffic
-from observed_engine import Observer, script_main, start_engine, statistics_file
+from observed_engine import Observer, start_engine, statistics_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
@@ -112,7 +112,3 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "num_held": ours.observer.num_held,
     }
     return result
-
-
-if __name__ == "__main__":
-    script_main(run)

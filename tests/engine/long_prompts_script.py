@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from observed_engine import Observer, script_main, start_engine, statistics_file
+from observed_engine import Observer, start_engine, statistics_file
 from vllm import SamplingParams
 
 
@@ -36,7 +36,3 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "num_preemptions": observer.num_preemptions,
         "num_held": observer.num_held,
     }
-
-
-if __name__ == "__main__":
-    script_main(run)

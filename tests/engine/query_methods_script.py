@@ -5,7 +5,7 @@ Two requests share a prefix, one prompt takes several chunks, and the pool is sm
 
 from typing import Any
 
-from observed_engine import Observer, script_main, start_engine
+from observed_engine import Observer, start_engine
 from vllm import SamplingParams
 
 
@@ -35,7 +35,3 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         llm.llm_engine.engine_core.shutdown()
         del llm, observer
     return seen
-
-
-if __name__ == "__main__":
-    script_main(run)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from engine_runs import keep_async_scheduling
-from observed_engine import Observer, script_main, start_engine, statistics_file
+from observed_engine import Observer, start_engine, statistics_file
 from vllm import SamplingParams
 
 
@@ -18,14 +18,8 @@ def generate(
     """Greedy answers to all prompts at once."""
     if asynchronous:
         keep_async_scheduling()
-    llm = start_engine(
-        job["model"],
-        job["settings"],
-        kv_cache_memory_bytes=16 << 20,
-        max_model_len=1024,
-        max_num_seqs=128,
-        **arguments,
-    )
+    engine = {"kv_cache_memory_bytes": 16 << 20, "max_model_len": 1024, "max_num_seqs": 128}
+    llm = start_engine(job["model"], job["settings"], **{**engine, **arguments})
     observer = Observer(llm)
     params = SamplingParams(
         max_tokens=job["max_tokens"], temperature=0.0, ignore_eos=True, logprobs=2, detokenize=False
@@ -36,6 +30,7 @@ def generate(
     result = {
         "requests": observer.take(),
         "statistics": statistics_file(llm),
+        "num_preemptions": observer.num_preemptions,
         "most_running": observer.most_running,
         "scheduler": type(core.scheduler).__name__,
         "executor": type(core.model_executor).__name__,
@@ -44,7 +39,3 @@ def generate(
     }
     llm.llm_engine.engine_core.shutdown()
     return result
-
-
-if __name__ == "__main__":
-    script_main(run)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from full_disk import full_disk
-from observed_engine import Observer, script_main, start_engine
+from observed_engine import Observer, start_engine
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -105,7 +105,3 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     starts.start("other weights", num_tokens=300, **other)
     starts.start("file of the former weights", statistics=str(kept))
     return starts.seen
-
-
-if __name__ == "__main__":
-    script_main(run)

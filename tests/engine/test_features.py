@@ -10,7 +10,8 @@ import pytest
 from dense_judge import Judge
 from dense_reference import DenseReference
 from engine_runs import ModelFolder, random_prompt
-from observed_engine import Observed, run_script
+from fresh_process import run_script
+from observed_engine import Observed
 from tiny_lora import write_adapter
 
 from triattention_vllm.config import Settings

@@ -7,7 +7,7 @@ import pytest
 from dense_judge import Judge
 from dense_reference import DenseReference
 from engine_runs import random_prompt
-from observed_engine import run_script
+from fresh_process import run_script
 
 from triattention_vllm.config import Settings
 from triattention_vllm.method.statistics import Statistics

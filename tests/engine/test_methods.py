@@ -9,7 +9,7 @@ import torch
 from dense_judge import Judge
 from dense_reference import DenseReference
 from engine_runs import ModelFolder, random_prompt, run_engine
-from observed_engine import run_script
+from fresh_process import run_script
 from observed_scores import ObservedScores
 
 from triattention_vllm.config import Settings
@@ -70,7 +70,8 @@ def looking(model_folder: ModelFolder) -> dict[str, Any]:
             "model": str(model_folder("qwen3")),
             "methods": list(OBSERVING_SCORERS),
             "settings": LOOKING,
-            "num_blocks": 16,
+            # 12 of 32 tokens; four requests need five each, besides what a chunk takes.
+            "num_blocks": 13,
             "length": 130,
             "prompts": [
                 LONG_PROMPT,
@@ -91,8 +92,8 @@ def test_methods_that_look_at_queries_keep_what_the_dense_reference_scores_highe
     model_folder: ModelFolder,
     reference: Callable[[Path], DenseReference],
 ) -> None:
-    """Several requests at once, chunked prompts, and a hit that ends behind the
-    boundary of the first round, whose queries nobody computed."""
+    """Several requests at once, of which some are preempted and start again, chunked prompts, and
+    a hit that ends behind the boundary of the first round, whose queries nobody computed."""
     run = looking[method]
     judge = Judge(
         reference(model_folder("qwen3")),
@@ -103,4 +104,7 @@ def test_methods_that_look_at_queries_keep_what_the_dense_reference_scores_highe
     judge.check(run["requests"])
     assert all(request.num_rounds for request in run["requests"])
     assert run["requests"][1].lives[0].num_hits == 160
+    again = [request for request in run["requests"] if len(request.lives) > 1]
+    assert run["num_preemptions"] >= len(again) > 0
+    assert any(life.kept for request in again for life in request.lives[1:])
     assert run["num_held"] == 0

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from dense_reference import DenseReference
 from dense_replay import replay, steps_of
-from engine_runs import EngineError, ModelFolder, random_prompt, run_engine
+from engine_runs import ModelFolder, random_prompt, run_engine
+from fresh_process import ProcessError
 from pool_world import PoolWorld
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -128,7 +129,7 @@ def test_off_is_refused_where_the_groups_of_a_hybrid_model_cannot_hold_it(
     with a warning. 39 blocks of 32 tokens are shared by two groups of full attention and one of
     windows, which needs 5; half of the others' 17 blocks each is what one request may have."""
     with pytest.raises(
-        EngineError, match="VLLMValidationError: .*up to 500 .* allowed here are 272"
+        ProcessError, match="VLLMValidationError: .*up to 500 .* allowed here are 272"
     ):
         run_engine(
             model_folder("gemma3"),

@@ -11,9 +11,11 @@ from dense_judge import FLOAT32_ERROR, Judge
 from dense_reference import DenseReference
 from dense_replay import replay
 from engine_runs import ModelFolder, random_prompt
-from observed_engine import run_script
+from fresh_process import run_script
+from observed_scores import ObservedScores
 
 from triattention_vllm.config import Settings
+from triattention_vllm.method.scorers import OBSERVING_SCORERS
 from triattention_vllm.method.statistics import Statistics
 from triattention_vllm.tools.tiny_model import write_tiny_model
 
@@ -25,6 +27,8 @@ TWO_CORES = pytest.mark.skipif(
 COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
 """What vLLM 0.32's CPU build needs for a pipeline: its eager mode skips the warm-up that makes the
 buffers between stages."""
+TINY_POOL = {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 32, "max_num_seqs": 8}
+"""9 blocks of 32 tokens: two requests that are due for a round need 10."""
 
 
 def generate(
@@ -37,7 +41,7 @@ def generate(
     seen = run_script(
         Path(__file__).with_name("ranks_script.py"),
         {"model": str(model), "settings": settings, "engines": list(engines), **job},
-        cores="nobind" if num_ranks == 1 else binding,
+        VLLM_CPU_OMP_THREADS_BIND="nobind" if num_ranks == 1 else binding,
     )
     result: list[dict[str, Any]] = seen["engines"]
     return result
@@ -48,13 +52,19 @@ def generate(
 @pytest.mark.feature("Tensor x pipeline parallel", "works")
 @TWO_CORES
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "selection"),
-    [(2, 1, "per_head"), (1, 2, "per_layer_per_head"), (2, 2, "per_head")],
+    ("tensor", "pipeline", "method", "selection", "asynchronous"),
+    [
+        (2, 1, "h2o", "per_head", True),
+        (1, 2, "rkv", "per_layer_per_head", False),
+        (2, 2, "triattention", "per_head", False),
+    ],
 )
 def test_ranks_keep_what_the_dense_reference_keeps(
     tensor: int,
     pipeline: int,
+    method: str,
     selection: str,
+    asynchronous: bool,
     model_folder: ModelFolder,
     reference: Callable[[Path], DenseReference],
     text: str,
@@ -63,34 +73,45 @@ def test_ranks_keep_what_the_dense_reference_keeps(
 
     The reference is one model: every rank's heads and layers are held against theirs in it. Across
     the stages of a pipeline only ``per_head`` differs from one rank: its mean is over the layers of
-    a stage.
+    a stage. Each rank records the queries of its own heads and layers, and requests that are
+    preempted record anew; with asynchronous scheduling the next step is then on its way.
     """
     model = model_folder("qwen3")
+    settings = {**SMALL, "selection": selection, "method": method}
+    looks_at_queries = method in OBSERVING_SCORERS
+    if looks_at_queries:
+        settings["window"] = OBSERVING_SCORERS[method].num_queries
     (run,) = generate(
         model,
-        {**SMALL, "selection": selection, "calibration_text": text},
+        settings if looks_at_queries else {**settings, "calibration_text": text},
         tensor * pipeline,
         {
             "tensor_parallel_size": tensor,
             "pipeline_parallel_size": pipeline,
             "distributed_executor_backend": "mp",
+            "asynchronous": asynchronous,
+            **(TINY_POOL if looks_at_queries else {}),
             **(COMPILED if pipeline > 1 else {}),
         },
     )
     assert run["executor"] == "MultiprocExecutor"
+    assert run["queue_depth"] == (2 if asynchronous else pipeline)
     judge = Judge(
         reference(model),
-        Statistics.load(run["statistics"]),
-        Settings(**SMALL, selection=selection),
+        (lambda life: ObservedScores(method, life.num_hits))
+        if looks_at_queries
+        else Statistics.load(run["statistics"]),
+        Settings(**settings),
         BLOCK_SIZE,
         num_stages=pipeline,
     )
+    assert bool(run["num_preemptions"]) == looks_at_queries
     for request in run["requests"]:
         assert request.num_rounds >= 3
-        assert len(request.lives[0].kept[0]) == tensor * pipeline
+        assert {len(kept) for life in request.lives for kept in life.kept} == {tensor * pipeline}
         judge.check_one(request)
     if pipeline > 1 and selection == "per_head":
-        stages = run["requests"][0].lives[0].kept[-1]
+        stages = run["requests"][0].lives[-1].kept[-1]
         assert not torch.equal(stages[0], stages[tensor]), "stages chose alike by accident"
     assert run["num_held"] == 0
 
@@ -158,7 +179,6 @@ def test_data_parallel_ranks_answer_alike_and_as_the_dense_reference(
             "prompts": [random_prompt(n, n) for n in (20, 60)],
             "max_tokens": 220,
         },
-        cores="nobind",
     )
     (statistics,) = (tmp_path / "statistics").rglob("*.safetensors")
     assert [answer["rank"] for answer in answers] == [0, 1] * 2

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import EngineError, ModelFolder, random_prompt, run_engine
+from engine_runs import ModelFolder, random_prompt, run_engine
+from fresh_process import ProcessError
 from vllm.config import CUDAGraphMode, KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
@@ -243,14 +244,14 @@ def test_a_model_without_full_attention_is_refused() -> None:
 
 @pytest.mark.feature("ALiBi", "refused")
 def test_an_alibi_model_is_refused_before_it_serves(model_folder: ModelFolder) -> None:
-    with pytest.raises(EngineError, match="ALiBi computes biases from token positions"):
+    with pytest.raises(ProcessError, match="ALiBi computes biases from token positions"):
         run_engine(model_folder("bloom"), [random_prompt(4, 0)], 2, {}, max_model_len=2500)
 
 
 def test_a_missing_statistics_file_is_refused_before_it_serves(model_folder: ModelFolder) -> None:
     """Regression: a missing file was discovered at the first round and killed the server."""
     settings = {"budget": 512, "statistics": "/nowhere/statistics.safetensors"}
-    with pytest.raises(EngineError, match="/nowhere/statistics.safetensors"):
+    with pytest.raises(ProcessError, match="/nowhere/statistics.safetensors"):
         run_engine(model_folder("qwen3"), [random_prompt(4, 0)], 2, settings, max_model_len=2048)
 
 
@@ -261,7 +262,7 @@ def test_drafts_are_refused_where_vllm_itself_fails_at_them(
     with pytest.raises(UnsupportedError, match="fails on the CPU at its first draft"):
         refuse_unsupported(with_ngram()(config), Settings())
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with pytest.raises(EngineError, match="Cannot inspect kernel parameters"):
+    with pytest.raises(ProcessError, match="Cannot inspect kernel parameters"):
         run_engine(
             model_folder("qwen3"),
             [[1, 2, 3] * 10],

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from observed_engine import run_script
+from fresh_process import run_script
 
 from triattention_vllm.tools.tiny_model import write_tiny_model
 

@@ -1,19 +1,12 @@
-"""A real vLLM engine in a fresh process: what it generated, and what every round kept.
+"""A real vLLM engine in a fresh process: what it generated, and what every round kept."""
 
-``run_engine`` starts ``python engine_runs.py JOB`` so that engines of different settings, dtypes
-and backends never share a process.
-"""
-
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from fresh_process import run_fresh
 
 NUM_LOGPROBS = 20
 ModelFolder = Callable[[str], Path]
@@ -68,7 +61,6 @@ class Job:
     max_tokens: list[int]
     settings: dict[str, Any] | None
     engine: dict[str, Any]
-    plugin: bool = True
     async_scheduling: bool = False
     repeat: int = 1
     kernel_block_size: int | None = None
@@ -91,7 +83,7 @@ def run_engine(
     """Generate greedily, all prompts at once, in a process of its own. ``repeat`` sends the same
     prompts again to the same engine; the last time counts. ``kernel_block_size``: the only block
     size that the attention backend claims to take, so that vLLM splits larger ones.
-    ``extra_args``: of each request."""
+    ``extra_args``: of each request. Raises ProcessError where the engine fails."""
     lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     job = Job(
         str(model),
@@ -99,35 +91,14 @@ def run_engine(
         lengths,
         settings,
         engine,
-        plugin,
         async_scheduling,
         repeat,
         kernel_block_size,
         extra_args,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        job_file, result_file = Path(folder, "job.pt"), Path(folder, "result.pt")
-        torch.save(job, job_file)
-        environment = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_PLUGINS": "triattention_vllm" if plugin else "",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, __file__, str(job_file), str(result_file)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise EngineError(done.stdout[-4000:] + done.stderr[-8000:])
-        run: EngineRun = torch.load(result_file, weights_only=False)
-        return run
+    environment = {} if plugin else {"VLLM_PLUGINS": ""}
+    run: EngineRun = run_fresh(_generate, job, environment=environment, timeout=600)
+    return run
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
@@ -136,12 +107,8 @@ def random_prompt(length: int, seed: int) -> list[int]:
     return torch.randint(0, 256, (length,), generator=generator).tolist()
 
 
-class EngineError(RuntimeError):
-    """The engine's process ended with an error; the message is its output."""
-
-
-def _main(job_file: str, result_file: str) -> None:
-    job: Job = torch.load(job_file, weights_only=False)
+def _generate(job: Job) -> EngineRun:
+    """Runs in the engine's process."""
     from vllm import LLM, SamplingParams
 
     arguments: dict[str, Any] = {
@@ -184,7 +151,7 @@ def _main(job_file: str, result_file: str) -> None:
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for prompt in job.prompts], params, use_tqdm=False
         )
-    torch.save(recorder.result(outputs), result_file)
+    return recorder.result(outputs)
 
 
 def keep_async_scheduling() -> None:
@@ -309,10 +276,3 @@ class _Recorder:
                 for group_id in sorted({group_id for _, group_id in self.layers})
             ],
         )
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    import engine_runs
-
-    engine_runs._main(*sys.argv[1:])

@@ -1,17 +1,12 @@
 """What vLLM's engine core did with every request, seen from inside its process.
 
-``run_script`` starts a script in a process of its own; the script makes an engine, observes it and
+A script that runs in a process of its own (``fresh_process``) makes an engine, observes it and
 hands ``Observed`` requests back, which ``dense_judge`` holds against the float64 reference. Nothing
 here depends on how a request was made: children of ``n``, beams and aborted requests are seen too.
 """
 
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +80,7 @@ class Observer:
         self._seen: dict[str, Observed] = {}
         self._requests: dict[str, Any] = {}
         self._committed: dict[str, int] = {}
+        self._preempted: set[str] = set()
         llm.collective_rpc(_watch_rounds)
         self._watch_manager()
         self._watch_schedule()
@@ -106,7 +102,9 @@ class Observer:
 
         def schedule(*args: Any) -> Any:
             output = original(*args)
-            self.num_preemptions += len(output.preempted_req_ids or ())
+            preempted = output.preempted_req_ids or set()
+            self.num_preemptions += len(preempted)
+            self._preempted |= preempted
             self.most_running = max(self.most_running, len(self.scheduler.running))
             plans = vars(output).get("round_plans", ())
             with_round = {plan.request_id for plan in plans}
@@ -133,8 +131,10 @@ class Observer:
             sampled=not request.is_prefill_chunk,
             num_blocks=sum(not block.is_null for block in row),
         )
-        if not lives or lives[-1].steps[-1].end != step.start:
+        follows = lives and lives[-1].steps[-1].end == step.start
+        if not follows or request_id in self._preempted:
             lives.append(Life())
+        self._preempted.discard(request_id)
         lives[-1].steps.append(step)
 
     def _watch_outputs(self) -> None:
@@ -211,10 +211,16 @@ def _take_rounds(wrapper: Any) -> dict[str, list[torch.Tensor]]:
     return kept
 
 
-def statistics_file(llm: Any) -> str:
-    """Where a compressing engine keeps the statistics of its model."""
-    described = llm.collective_rpc(lambda wrapper: wrapper.statistics_source.description)[0]
-    return str(described.split("kept in ")[-1])
+def statistics_file(llm: Any) -> str | None:
+    """Where a compressing engine keeps the statistics of its model, if its method has any."""
+    described = llm.collective_rpc(_statistics)[0]
+    return None if described is None else str(described.split("kept in ")[-1])
+
+
+def _statistics(wrapper: Any) -> str | None:
+    """Runs in the worker."""
+    source = wrapper.worker.statistics_source
+    return None if source is None else str(source.description)
 
 
 def start_engine(model: str, settings: Mapping[str, Any] | None, **engine: Any) -> Any:
@@ -233,38 +239,3 @@ def start_engine(model: str, settings: Mapping[str, Any] | None, **engine: Any) 
         chosen = {"method": "triattention", **settings}
         arguments["additional_config"] = {"kv_compression": chosen}
     return LLM(model, **arguments)
-
-
-def run_script(script: Path, job: Mapping[str, Any], *, cores: str = "nobind") -> Any:
-    """What the script's ``script_main`` function returned for ``job``; AssertionError with the
-    end of its output where it failed. cores: for VLLM_CPU_OMP_THREADS_BIND."""
-    with tempfile.TemporaryDirectory() as folder:
-        job_file, result_file = Path(folder, "job.pt"), Path(folder, "result.pt")
-        torch.save(dict(job), job_file)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_PLUGINS": "triattention_vllm",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": cores,
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, str(script), str(job_file), str(result_file)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=550,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-        return torch.load(result_file, weights_only=False)
-
-
-def script_main(run: Callable[[dict[str, Any]], Any]) -> None:
-    """The other end of ``run_script``."""
-    job_file, result_file = sys.argv[1:]
-    torch.save(run(torch.load(job_file, weights_only=False)), result_file)

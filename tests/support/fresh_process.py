@@ -1,0 +1,110 @@
+"""Functions in processes of their own that have vLLM imported when they begin.
+
+Importing vLLM takes longer than a tiny model's engine does. So one process imports it and does
+nothing else, and every run is a fork of that: engines of different settings share no process.
+"""
+
+import atexit
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [
+        # None of them starts a thread, or reads what ``environment`` sets: forks may do both.
+        "vllm.entrypoints.llm",
+        "vllm.v1.engine.core",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.model_executor.models.llama",
+        "vllm.model_executor.models.qwen3",
+    ]
+)
+ONE_ENGINE = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_PLUGINS": "triattention_vllm",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+"""Environment of an engine whose core runs in the process that makes it."""
+
+
+class ProcessError(RuntimeError):
+    """The process ended with an error; the message is the end of its output."""
+
+
+def run_fresh(
+    function: Callable[..., Any], *arguments: object, environment: Mapping[str, str], timeout: float
+) -> Any:
+    """What ``function(*arguments)`` returned in a fork whose environment is this process's, with
+    ``environment`` on top. Raises ProcessError where it failed or took more than ``timeout``
+    seconds."""
+    _start_server()
+    with tempfile.TemporaryDirectory() as folder:
+        output, result = Path(folder, "output"), Path(folder, "result")
+        own = {**os.environ, **ONE_ENGINE, **environment}
+        target = (function, arguments, own, output, result)
+        process = _FORKS.Process(target=_run, args=target)
+        process.start()
+        try:
+            process.join(timeout)
+            ended = process.exitcode
+        finally:
+            process.kill()
+            process.join()
+        if ended != 0:
+            said = output.read_text(errors="replace")[-12000:] if output.exists() else ""
+            how = f"did not end in {timeout:g} s" if ended is None else f"ended with {ended}"
+            raise ProcessError(f"{function.__name__} {how}:\n{said}")
+        return torch.load(result, weights_only=False)
+
+
+def run_script(script: Path, job: Mapping[str, Any], **environment: str) -> Any:
+    """What the function ``run`` of a script returned for ``job``, see ``run_fresh``."""
+    return run_fresh(_run_script, script, dict(job), environment=environment, timeout=550)
+
+
+def _run_script(script: Path, job: dict[str, Any]) -> Any:
+    # Workers inherit the path, and find there what they are asked to call.
+    sys.path.insert(0, str(script.parent))
+    return import_module(script.stem).run(job)
+
+
+def _start_server() -> None:
+    """OpenMP counts its threads when torch is imported."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = ONE_ENGINE["OMP_NUM_THREADS"]
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _run(
+    function: Callable[..., Any],
+    arguments: tuple[object, ...],
+    environment: dict[str, str],
+    output: Path,
+    result: Path,
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # vLLM looks at a model class in one more process, because it may initialise CUDA.
+    import_module("vllm.model_executor.models.registry")._run_in_subprocess = lambda look: look()
+    torch.save(function(*arguments), result)
+    # A fork of multiprocessing ends without what other processes do at their end.
+    atexit._run_exitfuncs()
