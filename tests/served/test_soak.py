@@ -14,7 +14,7 @@ KINDS_OF_RESULT = {"served", "refused", "aborted"}
 @pytest.mark.timeout(1800)
 def test_a_short_soak_breaks_no_law_and_loses_nothing(tmp_path: Path) -> None:
     output = tmp_path / "soak.json"
-    command = [sys.executable, str(SOAK), "--minutes", "0.2", "--output", str(output)]
+    command = [sys.executable, str(SOAK), "--minutes", "0.1", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     log = output.with_suffix(".log")
     said = log.read_text()[-4000:] if log.exists() else ""
