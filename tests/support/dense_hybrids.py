@@ -92,7 +92,8 @@ class GptOss(LlamaLike):
         experts = f"{layer}.mlp.experts"
         up = torch.einsum("nd,edf->enf", inner, self.weights[f"{experts}.gate_up_proj"])
         up = up + self.weights[f"{experts}.gate_up_proj_bias"].unsqueeze(1)
-        limit = self.config["swiglu_limit"]
+        # A constant, which the configuration names since transformers 5.18.
+        limit = self.config.get("swiglu_limit", 7.0)
         gate, up = up[..., ::2].clamp(max=limit), up[..., 1::2].clamp(-limit, limit)
         hidden = (up + 1) * gate * torch.sigmoid(gate * 1.702)
         down = torch.einsum("enf,efd->end", hidden, self.weights[f"{experts}.down_proj"])
