@@ -1,8 +1,8 @@
 """The specification of ``compact``, and its path where there is no GPU."""
 
 import math
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -10,19 +10,17 @@ from torch import Tensor
 from triattention_kernels.paged import PagedKV
 from triattention_kernels.round_batch import RoundBatch
 
-# Layers are independent. They are moved a few at a time, about this many elements (keys and
-# values): that stays in the processor's cache and bounds the scratch memory.
-TILE_ELEMENTS = 1 << 22
-
 INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# Dimensions of the keys or values of one layer.
+BLOCK, HEAD, S1, S2, D1, D2 = range(6)
 
 
 def compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
     """See ``triattention_kernels.compact.compact``."""
-    layer_elements = 2 * kept.shape[0] * kept.shape[2] * kept.shape[3] * kv.head_dim
-    tile_layers = max(1, TILE_ELEMENTS // layer_elements)
-    for layers, part in kv.evenly_spaced(tile_layers):
-        move([as_integers(view) for view in part.rows], batch, kept[:, layers])
+    for layers, part in kv.evenly_spaced():
+        for view in part.rows:
+            move(as_integers(view), batch, kept[:, layers])
 
 
 def as_integers(view: Tensor) -> Tensor:
@@ -39,64 +37,118 @@ def as_integers(view: Tensor) -> Tensor:
     return view.view(INTEGER_OF_WIDTH[width])
 
 
-def move(views: list[Tensor], batch: RoundBatch, kept: Tensor) -> None:
-    """``compact`` for some of the layers. Everything is read before anything is written."""
-    writes: list[Callable[[], None]] = []
-    for request_idx, num_destination in enumerate(batch.num_destination_blocks):
-        num_source = batch.num_source_blocks[request_idx]
-        source: list[int] = batch.source_blocks[request_idx, :num_source].tolist()
-        destination: list[int] = batch.destination_blocks[request_idx, :num_destination].tolist()
-        tokens = kept[request_idx, ..., : num_destination * block_size(views[0])]
-        moved = tokens != torch.arange(tokens.shape[-1], device=tokens.device)
-        few = destination == source[:num_destination] and 4 * int(moved.sum()) < moved.numel()
-        for view in views:
-            if few:
-                places = moved.nonzero(as_tuple=True)
-                content = view[slots_of(view, source, (*places[:2], tokens[places]))]
-                writes.append(partial(view.__setitem__, slots_of(view, source, places), content))
-            else:
-                content = read_tokens(view, source, tokens)
-                writes.append(partial(write_blocks, view, destination, content))
-    for write in writes:
-        write()
-
-
-def block_size(view: Tensor) -> int:
-    """Tokens a block holds."""
-    return view.shape[3] * view.shape[4]
-
-
-def slots_of(view: Tensor, blocks: list[int], places: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Index of single tokens in a view: places (layer, head, token of ``blocks``), each [n]."""
-    layer, head, token = places
-    block = torch.tensor(blocks, device=token.device)[token // block_size(view)]
-    slot = token % block_size(view)
-    return layer, block, head, slot // view.shape[4], slot % view.shape[4]
-
-
-def read_tokens(view: Tensor, source: list[int], tokens: Tensor) -> Tensor:
-    """Region tokens [L, H_kv, J] of the source blocks as [L, H_kv, J, D1, D2], a copy.
-
-    Whole blocks are unpacked into rows of head dims first; rows are then copied as they are.
+def move(view: Tensor, batch: RoundBatch, kept: Tensor) -> None:
+    """``compact`` for keys or values, layer by layer: everything of a layer is read before
+    anything is written to it.
     """
-    num_layers, _, num_kv_heads, slots, inner_slots, *dims = view.shape
-    region = view.new_empty(num_layers, num_kv_heads, len(source), slots, inner_slots, *dims)
-    for block_idx, block in enumerate(source):
-        region[:, :, block_idx] = view[:, block]
-    rows = region.flatten(5).flatten(0, 4)
-    num_tokens = len(source) * slots * inner_slots
-    first = torch.arange(0, len(rows), num_tokens, device=view.device)
-    picked = rows.index_select(0, (tokens.flatten(0, 1) + first[:, None]).flatten())
-    return picked.view(*tokens.shape, *dims)
+    moves: list[WholeBlocks | SingleTokens] = []
+    for layer, tokens in zip(view, kept.unbind(1), strict=True):
+        if not moves or kept.stride(1) != 0:  # what all layers share is planned once
+            moves = [moves_of(layer, batch, idx, own) for idx, own in enumerate(tokens)]
+        contents = [own.read(layer) for own in moves]
+        for own, content in zip(moves, contents, strict=True):
+            own.write(layer, content)
 
 
-def write_blocks(view: Tensor, destination: list[int], content: Tensor) -> None:
-    """Fill the destination blocks [M] with tokens [L, H_kv, M * block_size, D1, D2], in order."""
-    slots, inner_slots, _, inner_dims = view.shape[3:]
-    blocks = torch.unflatten(content, 2, (len(destination), slots, inner_slots))
-    # A copy runs along the dimension that lies closest in the cache; where that is a short run
-    # of slots, one slot at a time lets it run along the head dims.
-    parts = range(inner_slots) if inner_slots < inner_dims else [slice(None)]
-    for block_idx, block in enumerate(destination):
-        for part in parts:
-            view[:, block, :, :, part] = blocks[:, :, block_idx, :, part]
+def moves_of(
+    layer: Tensor, batch: RoundBatch, request_idx: int, kept: Tensor
+) -> "WholeBlocks | SingleTokens":
+    """What moves for one request, kept [H_kv, M_max * block_size]: all that its destination blocks
+    receive or, in its own blocks, the tokens that change place, if these are few.
+    """
+    num_destination = batch.num_destination_blocks[request_idx]
+    source = batch.source_blocks[request_idx]
+    destination = batch.destination_blocks[request_idx, :num_destination]
+    tokens = kept[:, : num_destination * layer.shape[S1] * layer.shape[S2]]
+    slots = offsets_along(layer, S1)[:, None] + offsets_along(layer, S2)
+    region = ((source * layer.stride(BLOCK))[:, None, None] + slots).flatten()
+    heads = offsets_along(layer, HEAD)[:, None]
+    offsets = region[tokens] + heads
+    if torch.equal(destination, source[:num_destination]):
+        places = region[: tokens.shape[1]] + heads
+        moved = offsets != places
+        if 4 * int(moved.sum()) < moved.numel():
+            return SingleTokens.of(layer, offsets[moved], places[moved])
+    return WholeBlocks.of(layer, destination.tolist(), offsets)
+
+
+def offsets_along(layer: Tensor, dim: int) -> Tensor:
+    """Elements from index 0 of a dimension to every index of it."""
+    return torch.arange(layer.shape[dim], device=layer.device) * layer.stride(dim)
+
+
+def elements_of(layer: Tensor, planes: tuple[int, ...] = ()) -> Tensor:
+    """``[*planes, i]`` is element i from the start of each plane, a view that overlaps itself."""
+    others = [dim for dim in range(layer.dim()) if dim not in planes]
+    num_elements = 1 + sum((layer.shape[dim] - 1) * layer.stride(dim) for dim in others)
+    sizes = [layer.shape[dim] for dim in planes]
+    steps = [layer.stride(dim) for dim in planes]
+    return layer.as_strided((*sizes, num_elements), (*steps, 1))
+
+
+@dataclass(frozen=True)
+class SingleTokens:
+    """source, destination: elements of a layer [n] that are read, and where each of them goes."""
+
+    source: Tensor
+    destination: Tensor
+
+    @classmethod
+    def of(cls, layer: Tensor, source: Tensor, destination: Tensor) -> "SingleTokens":
+        """source, destination: offsets [n] of tokens, and of the places that they go to."""
+        dims = offsets_along(layer, D1)[:, None] + offsets_along(layer, D2)
+        return cls(*((own[:, None, None] + dims).flatten() for own in (source, destination)))
+
+    def read(self, layer: Tensor) -> Tensor:
+        """A copy of what moves."""
+        return elements_of(layer).index_select(0, self.source)
+
+    def write(self, layer: Tensor, content: Tensor) -> None:
+        """What ``read`` returned goes to its places."""
+        elements_of(layer).index_copy_(0, self.destination, content)
+
+
+@dataclass(frozen=True)
+class WholeBlocks:
+    """Destination blocks, put together in the order in which they lie in memory: no token is
+    unpacked.
+
+    Head dims that lie further apart than the tokens of a block are *planes*, in each of which the
+    tokens lie alike.
+
+    destination: M block ids. planes: dimensions of a layer. index: elements of a plane that the
+    blocks receive, [M, H_kv, *inner]; inner: the other dimensions of a block, in memory order.
+    """
+
+    destination: list[int]
+    planes: tuple[int, ...]
+    inner: tuple[int, ...]
+    index: Tensor
+
+    @classmethod
+    def of(cls, layer: Tensor, destination: list[int], offsets: Tensor) -> "WholeBlocks":
+        """offsets: of the tokens [H_kv, M * block_size] that the blocks receive, in order."""
+        in_block = [S1, S2, D1, D2]
+        in_block.sort(key=lambda dim: (layer.shape[dim] == 1, -layer.stride()[dim]))
+        planes = tuple(takewhile((D1, D2).__contains__, in_block))
+        inner = tuple(in_block[len(planes) :])
+        slots = (len(destination), layer.shape[S1], layer.shape[S2])
+        blocks = torch.unflatten(offsets, 1, slots).transpose(0, 1)[..., None, None]
+        index = blocks.permute(*planes, BLOCK, HEAD, *inner).contiguous()
+        for dim in {D1, D2}.intersection(inner):
+            behind = [1] * (len(inner) - 1 - inner.index(dim))
+            index = index + offsets_along(layer, dim).view(-1, *behind)
+        return cls(destination, planes, inner, index)
+
+    def read(self, layer: Tensor) -> Tensor:
+        """A copy of what moves, [*planes, M, H_kv, *inner]."""
+        elements = elements_of(layer, self.planes)
+        shape = (*elements.shape[:-1], self.index.numel())
+        content = elements.gather(-1, self.index.flatten().expand(shape))
+        return torch.unflatten(content, -1, self.index.shape[len(self.planes) :])
+
+    def write(self, layer: Tensor, content: Tensor) -> None:
+        """What ``read`` returned becomes the content of the blocks."""
+        blocks = layer.permute(BLOCK, *self.planes, HEAD, *self.inner)
+        for idx, block in enumerate(self.destination):
+            blocks[block].copy_(content.select(len(self.planes), idx))

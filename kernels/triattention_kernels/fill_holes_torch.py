@@ -7,8 +7,8 @@ from triattention_kernels.round_batch import RoundBatch
 
 
 def fill_holes(kept: Tensor, batch: RoundBatch, block_size: int) -> Tensor:
-    """See ``triattention_kernels.fill_holes.fill_holes``."""
-    order = torch.zeros_like(kept, memory_format=torch.contiguous_format)
+    """See ``triattention_kernels.fill_holes.fill_holes``; ``kept`` is contiguous."""
+    order = torch.zeros_like(kept)
     for request_idx, num_destination in enumerate(batch.num_destination_blocks):
         num_kept = num_destination * block_size
         tokens = kept[request_idx, ..., :num_kept].contiguous()

@@ -55,20 +55,12 @@ def fill_kernel(
 
 
 def fill_holes(kept: Tensor, batch: RoundBatch, block_size: int) -> Tensor:
-    """See ``triattention_kernels.fill_holes.fill_holes``. One launch.
-
-    Keep sets that several layers (and heads) share, as expanded views, are ordered once.
-    """
-    shared = tuple(
-        slice(1) if dim in (1, 2) and stride == 0 else slice(None)
-        for dim, stride in enumerate(kept.stride())
-    )
-    sets = kept[shared].contiguous()
-    order = torch.empty_like(sets)
-    num_requests, num_kept_max = sets.shape[0], sets.shape[3]
-    num_sets = sets.shape[1] * sets.shape[2]
+    """See ``triattention_kernels.fill_holes.fill_holes``; ``kept`` is contiguous. One launch."""
+    order = torch.empty_like(kept)
+    num_requests, num_kept_max = kept.shape[0], kept.shape[3]
+    num_sets = kept.shape[1] * kept.shape[2]
     fill_kernel[(triton.cdiv(num_kept_max, TILE) * num_sets, num_requests)](
-        sets,
+        kept,
         batch.counts,
         order,
         num_kept_max,
@@ -78,4 +70,4 @@ def fill_holes(kept: Tensor, batch: RoundBatch, block_size: int) -> Tensor:
         TILE=TILE,
         num_warps=4,
     )
-    return order.expand(kept.shape)
+    return order

@@ -7,7 +7,8 @@ from triattention_kernels.paged import PagedKV
 from triattention_kernels.round_batch import RoundBatch
 
 # Keys are cast to the dtype of the arithmetic one block and a few layers at a time: tiles of
-# about this many elements stay in the processor's cache and bound the scratch memory.
+# about this many elements stay in the processor's cache. Their memory is taken once: fresh pages
+# for every block would cost as much as the arithmetic.
 TILE_ELEMENTS = 1 << 20
 
 
@@ -28,13 +29,17 @@ def score(
     weights = torch.unflatten(query_weights(centres, turns, interleaved, rotary_dim), 2, groups)
     norms = torch.unflatten(norm_weights.to(scores.dtype), 1, groups)
     tile_layers = max(1, TILE_ELEMENTS // (kv.num_kv_heads * kv.head_dim * kv.block_size))
-    for request_idx, num_blocks in enumerate(batch.num_source_blocks):
-        region = batch.source_blocks[request_idx, :num_blocks].tolist()
-        for layers, part in kv.evenly_spaced(tile_layers):
+    for layers, part in kv.evenly_spaced(tile_layers):
+        keys = centres.new_empty(part.num_layers, kv.num_kv_heads, kv.head_dim, kv.block_size)
+        real, imag = pairs(keys, -2, interleaved, rotary_dim)
+        lengths = torch.empty_like(real, memory_format=torch.contiguous_format)
+        for request_idx, num_blocks in enumerate(batch.num_source_blocks):
+            region = batch.source_blocks[request_idx, :num_blocks].tolist()
             for block_idx, block in enumerate(region):
-                keys = read_keys(part, block, scores.dtype)
+                read_keys(part, block, keys)
+                torch.mul(real, real, out=lengths).addcmul_(imag, imag).sqrt_()
                 tile = weights[request_idx, layers] @ keys
-                tile += norms[layers] @ torch.hypot(*pairs(keys, -2, interleaved, rotary_dim))
+                tile += norms[layers] @ lengths
                 if part.scales is not None:
                     tile *= part.scales.keys[:, block].flatten(2)[:, :, None]
                 tokens = slice(block_idx * kv.block_size, (block_idx + 1) * kv.block_size)
@@ -52,15 +57,10 @@ def query_weights(centres: Tensor, turns: Tensor, interleaved: bool, rotary_dim:
     return weights
 
 
-def read_keys(kv: PagedKV, block: int, dtype: torch.dtype) -> Tensor:
-    """Keys of one block of all layers as [L, H_kv, D, block_size] in ``dtype``, a copy."""
-    keys = kv.keys[:, block].permute(0, 1, 4, 5, 2, 3)
-    return (
-        torch.empty(keys.shape, dtype=dtype, device=keys.device)
-        .copy_(keys)
-        .flatten(4)
-        .flatten(2, 3)
-    )
+def read_keys(kv: PagedKV, block: int, keys: Tensor) -> None:
+    """Keys of one block of all layers, cast into ``keys`` [L, H_kv, D, block_size]."""
+    stored = kv.keys[:, block].permute(0, 1, 4, 5, 2, 3)
+    keys.view(stored.shape).copy_(stored)
 
 
 def pairs(dims: Tensor, dim: int, interleaved: bool, rotary_dim: int) -> tuple[Tensor, Tensor]:

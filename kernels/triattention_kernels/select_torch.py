@@ -14,18 +14,16 @@ def select(
     """See ``triattention_kernels.select.select``."""
     num_requests, num_layers, _, _ = scores.shape
     num_kept_max = batch.destination_blocks.shape[1] * block_size
-    kept = torch.zeros(
-        (num_requests, num_layers, num_kv_heads, num_kept_max),
-        dtype=torch.int64,
-        device=scores.device,
-    )
+    shape = (num_layers, num_kv_heads)
+    sets = {"per_head": (1, num_kv_heads), "union": (1, 1)}.get(mode, shape)
+    kept = torch.zeros((num_requests, *sets, num_kept_max), dtype=torch.int64, device=scores.device)
     for request_idx, first in enumerate(batch.first_candidate):
         end = batch.num_source_blocks[request_idx] * block_size
         num_kept = batch.num_destination_blocks[request_idx] * block_size
         ranking = rank(scores[request_idx, ..., first:end], num_kv_heads, mode)
         kept[request_idx, ..., :first] = torch.arange(first, device=scores.device)
         kept[request_idx, ..., first:num_kept] = first + best(ranking, num_kept - first)
-    return kept
+    return kept.expand(-1, *shape, -1)
 
 
 def rank(scores: Tensor, num_kv_heads: int, mode: str) -> Tensor:

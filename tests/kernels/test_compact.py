@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triattention_kernels import PagedKV, RoundBatch, compact, compact_torch
+from triattention_kernels import PagedKV, RoundBatch, compact, fill_holes
 
 LAYOUTS = ("head_major", "token_major", "vec", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
@@ -111,13 +111,16 @@ def test_other_blocks_and_poison_keep_every_bit(layout, make_cache, make_batch):
     assert cache.blocks[:, 0].isnan().all()
 
 
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_the_number_of_layers_moved_at_a_time_does_not_matter(
-    num_layers, make_cache, make_batch, monkeypatch
-):
-    monkeypatch.setattr(compact_torch, "TILE_ELEMENTS", num_layers * 2 * 2 * 2 * 32 * 16)
-    cache = make_cache("vec", (4, 8, 2, 16, 16))
-    assert_moves(cache, make_batch, [[1, 2, 3], [4, 5]], [[7, 4], [5]])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_layers_share_moves_as_if_each_had_its_own(layout, in_place, make_cache, make_batch):
+    batch = make_batch([[1, 2, 3], [4, 5]], [[1, 2], [4]] if in_place else [[7, 4], [5]], [0, 0])
+    kept = random_kept(batch, 1, 2, 16).expand(-1, 4, -1, -1)
+    for order in (kept, fill_holes(kept, batch, 16)):
+        found, expected = (make_cache(layout, (4, 8, 2, 16, 16)) for _ in range(2))
+        compact(found.kv, batch, order)
+        compact(expected.kv, batch, order.contiguous())
+        assert torch.equal(bits(found.blocks), bits(expected.blocks))
 
 
 @pytest.mark.parametrize("offset", range(5))

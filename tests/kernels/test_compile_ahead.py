@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triattention_kernels import PagedKV, RoundBatch
+from triattention_kernels import PagedKV, RoundBatch, fill_holes
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
@@ -89,7 +89,7 @@ def round_launches(
         scores = score_triton.score(kv, batch, *weights, False, kv.head_dim // 2 * 2)
         kept = select_triton.select(scores, batch, kv.block_size, kv.num_kv_heads, mode)
         if fills_holes:
-            kept = fill_holes_triton.fill_holes(kept, batch, kv.block_size)
+            kept = fill_holes(kept, batch, kv.block_size)
         compact_triton.compact(kv, batch, kept)
     return launches
 
