@@ -8,8 +8,10 @@ import torch
 from dense_reference import DenseReference
 from dense_replay import Replay, replay, steps_of
 from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
+from fresh_process import ProcessError
 
 from triattention_vllm.config import Settings
+from triattention_vllm.engine.differences import TRANSFORMERS_LAYERS_ARE_IN_THE_TREE
 from triattention_vllm.method.statistics import Statistics
 
 SMALL = {"budget": 128, "interval": 32, "window": 16}
@@ -58,7 +60,17 @@ def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Rep
 
 @pytest.mark.parametrize(
     ("family", "groups"),
-    [("gemma3", [[0, 2], [1, 3]]), ("gpt_oss", [[0, 1]]), ("smollm3", [[0, 1, 2, 3]])],
+    [
+        ("gemma3", [[0, 2], [1, 3]]),
+        ("gpt_oss", [[0, 1]]),
+        pytest.param(
+            "smollm3",
+            [[0, 1, 2, 3]],
+            marks=pytest.mark.skipif(
+                not TRANSFORMERS_LAYERS_ARE_IN_THE_TREE, reason="refused before vLLM 0.30"
+            ),
+        ),
+    ],
 )
 def test_full_attention_layers_are_compressed_and_the_others_left_alone(
     family: str,
@@ -83,6 +95,12 @@ def test_full_attention_layers_are_compressed_and_the_others_left_alone(
     full = dense.logprobs(run.requests[0].token_ids[:-1])
     assert largest_error(run.requests[0], full) > 0.1, "eviction changed nothing"
     assert_pool_is_as_at_the_start(run)
+
+
+@pytest.mark.skipif(TRANSFORMERS_LAYERS_ARE_IN_THE_TREE, reason="not refused since vLLM 0.30")
+def test_models_whose_layers_vllm_hides_are_refused(model_folder: ModelFolder, text: str) -> None:
+    with pytest.raises(ProcessError, match="Transformers backend, which through 0.29 does not say"):
+        hybrid_run(model_folder("smollm3"), text)
 
 
 @pytest.mark.feature("Linear-attention layers", "works")

@@ -12,7 +12,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -50,11 +52,16 @@ def run_fresh(
     seconds."""
     _start_server()
     with tempfile.TemporaryDirectory() as folder:
-        output, result = Path(folder, "output"), Path(folder, "result")
+        # A pipe, since functions may limit how much their process writes to files.
+        receiver, output = _FORKS.Pipe(duplex=False)
+        result = Path(folder, "result")
         own = {**os.environ, **ONE_ENGINE, **environment}
-        target = (function, arguments, own, output, result)
-        process = _FORKS.Process(target=_run, args=target)
+        process = _FORKS.Process(target=_run, args=(function, arguments, own, output, result))
         process.start()
+        output.close()
+        said = bytearray()
+        reader = Thread(target=_read, args=(receiver, said), daemon=True)
+        reader.start()
         try:
             process.join(timeout)
             ended = process.exitcode
@@ -62,10 +69,17 @@ def run_fresh(
             process.kill()
             process.join()
         if ended != 0:
-            said = output.read_text(errors="replace")[-12000:] if output.exists() else ""
+            reader.join(5)
             how = f"did not end in {timeout:g} s" if ended is None else f"ended with {ended}"
-            raise ProcessError(f"{function.__name__} {how}:\n{said}")
+            end = said[-12000:].decode(errors="replace")
+            raise ProcessError(f"{function.__name__} {how}:\n{end}")
         return torch.load(result, weights_only=False)
+
+
+def _read(receiver: Connection, said: bytearray) -> None:
+    with receiver:
+        while part := os.read(receiver.fileno(), 1 << 16):
+            said += part
 
 
 def run_script(script: Path, job: Mapping[str, Any], **environment: str) -> Any:
@@ -95,14 +109,14 @@ def _run(
     function: Callable[..., Any],
     arguments: tuple[object, ...],
     environment: dict[str, str],
-    output: Path,
+    output: Connection,
     result: Path,
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    with output.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    with output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     # vLLM looks at a model class in one more process, because it may initialise CUDA.
     import_module("vllm.model_executor.models.registry")._run_in_subprocess = lambda look: look()
     torch.save(function(*arguments), result)

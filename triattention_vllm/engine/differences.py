@@ -27,6 +27,10 @@ CPU_BUILD_VERIFIES_DRAFTS = LINE != (0, 30)
 of the rejection sampler's Triton kernels by name, and the sampler calls those that it already
 holds: the first draft ends the engine, with compression or without."""
 
+TRANSFORMERS_LAYERS_ARE_IN_THE_TREE = LINE >= (0, 30)
+"""Whether vLLM's Transformers backend puts its attention layers into the model's module tree, where
+the rotary module beside each is found; before, it kept them in a dictionary of its own."""
+
 
 def is_block_writable(pool: BlockPool, block: KVCacheBlock) -> bool:
     """Whether ``block`` has one owner and no prefix-cache hash, so that it may be refilled.

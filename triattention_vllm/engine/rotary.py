@@ -26,6 +26,7 @@ from vllm.model_executor.layers.rotary_embedding.ernie45_vl_rope import (
 )
 from vllm.model_executor.models.transformers.base import Base as TransformersBackend
 
+from triattention_vllm.engine.differences import TRANSFORMERS_LAYERS_ARE_IN_THE_TREE
 from triattention_vllm.engine.rotary_calls import rotates_its_queries
 from triattention_vllm.engine.rotary_transformers import read_transformers_layer
 from triattention_vllm.engine.rotary_types import LayerRotary, check_against_tables
@@ -56,12 +57,19 @@ def read_rotary(model: nn.Module, layer_names: Sequence[str]) -> Rotary:
     """
     owners = attention_owners(model)
     missing = [name for name in layer_names if name not in owners]
+    backed = isinstance(model, TransformersBackend)
+    if missing and backed and not TRANSFORMERS_LAYERS_ARE_IN_THE_TREE:
+        raise UnsupportedError(
+            f"{type(model).__name__} is run by vLLM's Transformers backend, which through 0.29 "
+            "does not say which module an attention layer belongs to; use vLLM 0.30 or "
+            "newer, or start without --kv-compression"
+        )
     if missing:
         raise SeamError(
             f"attention layers {missing} are not in the model's module tree, which has "
             f"{sorted(owners)}; this vLLM version is not supported"
         )
-    if isinstance(model, TransformersBackend):
+    if backed:
         layers = [read_transformers_layer(model, *owners[name]) for name in layer_names]
     else:
         layers = [_read_layer(model, *owners[name]) for name in layer_names]
