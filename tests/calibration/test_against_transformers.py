@@ -12,7 +12,10 @@ from fresh_process import run_script
 from test_dense_reference import in_float64
 from tiny_models import CONFIGS, write_model
 
-from triattention_vllm.engine.differences import TRANSFORMERS_LAYERS_ARE_IN_THE_TREE
+from triattention_vllm.engine.differences import (
+    CPU_SINKS_MAY_BE_FLOAT32,
+    TRANSFORMERS_LAYERS_ARE_IN_THE_TREE,
+)
 from triattention_vllm.method.statistics import Statistics
 from triattention_vllm.texts import shipped_text
 from triattention_vllm.tools.tiny_model import write_tiny_model
@@ -43,6 +46,7 @@ FULL_ATTENTION_LAYERS = {
 }
 HEADS_FIRST = ("gemma3",)
 PARTLY_ROTATED = ("gptj", "gpt_neox", "qwen3_next")
+IN_BFLOAT16_ONLY = ("qwen3_next",) if CPU_SINKS_MAY_BE_FLOAT32 else ("qwen3_next", "gpt_oss")
 REFUSED = () if TRANSFORMERS_LAYERS_ARE_IN_THE_TREE else ("smollm3",)
 IN_BFLOAT16 = ("qwen3", "qwen3_next")
 UNROTATED_LAYERS = {"smollm3": (2,)}
@@ -143,7 +147,7 @@ def largest_differences(family: str, model: Path, made: Statistics) -> dict[str,
     ("family", "dtype"),
     [
         # vLLM's linear attention computes in bfloat16 only on a CPU.
-        *((name, "float32") for name in QUERY_MODULES if name not in ("qwen3_next", *REFUSED)),
+        *((name, "float32") for name in QUERY_MODULES if name not in IN_BFLOAT16_ONLY + REFUSED),
         *((family, "bfloat16") for family in IN_BFLOAT16),
     ],
 )

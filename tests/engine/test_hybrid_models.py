@@ -11,7 +11,10 @@ from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_e
 from fresh_process import ProcessError
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.differences import TRANSFORMERS_LAYERS_ARE_IN_THE_TREE
+from triattention_vllm.engine.differences import (
+    CPU_SINKS_MAY_BE_FLOAT32,
+    TRANSFORMERS_LAYERS_ARE_IN_THE_TREE,
+)
 from triattention_vllm.method.statistics import Statistics
 
 SMALL = {"budget": 128, "interval": 32, "window": 16}
@@ -62,7 +65,14 @@ def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Rep
     ("family", "groups"),
     [
         ("gemma3", [[0, 2], [1, 3]]),
-        ("gpt_oss", [[0, 1]]),
+        pytest.param(
+            "gpt_oss",
+            [[0, 1]],
+            marks=pytest.mark.skipif(
+                not CPU_SINKS_MAY_BE_FLOAT32,
+                reason="vLLM itself fails at float32 sinks before 0.31",
+            ),
+        ),
         pytest.param(
             "smollm3",
             [[0, 1, 2, 3]],

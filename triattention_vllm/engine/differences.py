@@ -31,6 +31,10 @@ TRANSFORMERS_LAYERS_ARE_IN_THE_TREE = LINE >= (0, 30)
 """Whether vLLM's Transformers backend puts its attention layers into the model's module tree, where
 the rotary module beside each is found; before, it kept them in a dictionary of its own."""
 
+CPU_SINKS_MAY_BE_FLOAT32 = LINE >= (0, 31)
+"""Whether vLLM's CPU attention takes learned sinks in another dtype than bfloat16; before, such a
+model ends in vLLM's own RuntimeError at its first step, with compression or without."""
+
 
 def is_block_writable(pool: BlockPool, block: KVCacheBlock) -> bool:
     """Whether ``block`` has one owner and no prefix-cache hash, so that it may be refilled.
