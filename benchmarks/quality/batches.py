@@ -1,6 +1,6 @@
 """Training batches: problems of all tasks, padded to one length."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -22,6 +22,8 @@ GENERATORS: Mapping[str, Callable[[Random, int], Problem]] = {
 WARM_UP_LENGTH = 256
 WARM_UP_ROWS = (5, 1, 2, 5, 3, 1, 5, 2, 0, 5, 3, 4)
 """Tasks of the rows of short problems: a third is copying."""
+LATE_TRIES = 3
+"""Of so many problems of a late row the longest is taken."""
 NOT_LEARNED = -100
 TASKS = (*JUDGED, "copy")
 
@@ -40,13 +42,22 @@ class Batch:
 
 
 def make_batch(
-    seed: int, step: int, num_rows: int, length: int, rank: int = 0, num_ranks: int = 1
+    seed: int,
+    step: int,
+    num_rows: int,
+    length: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    *,
+    late: Sequence[int] = (),
 ) -> Batch:
     """A rank's rows of the batch of a step: the same for the same arguments.
 
-    Tasks take turns over the rows of all ranks; which one is first is drawn.
+    Tasks take turns over the rows of all ranks, ``late`` ones (indices into TASKS) instead of the
+    usual ones; which one is first is drawn.
     """
-    order = WARM_UP_ROWS if length <= WARM_UP_LENGTH else range(len(JUDGED))
+    usual = WARM_UP_ROWS if length <= WARM_UP_LENGTH else tuple(range(len(JUDGED)))
+    order = late or usual
     first = Random(f"{seed} {step}").randrange(len(order)) + rank
     rng = Random(f"{seed} {step} {rank}")
     ids = torch.full((num_rows, length), IDS[PAD])
@@ -56,7 +67,8 @@ def make_batch(
     tasks = [order[(first + row * num_ranks) % len(order)] for row in range(num_rows)]
     for row, task in enumerate(tasks):
         place = 0
-        for turn in GENERATORS[TASKS[task]](rng, length).turns:
+        tries = [GENERATORS[TASKS[task]](rng, length) for _ in range(LATE_TRIES if late else 1)]
+        for turn in max(tries, key=lambda problem: problem.num_words).turns:
             words = [IDS[word] for word in turn.prompt + turn.answer.words]
             first = place + len(turn.prompt)
             end = place + len(words)

@@ -3,9 +3,12 @@
     PYTHONPATH=benchmarks python -m quality.served --base-url http://localhost:8000 --model NAME
         --output FOLDER [--tasks aime24 ...] [--samples N] [--limit N] [--data TASK=FILE]
 
-Needs ``pip install "lm_eval[api]"``, which brings tasks, graders and the progress bar. Every sample
-of every task is a file in FOLDER; one that is there is not asked for again, and an interrupted one
-goes on from the answers it has. Prints the mean over samples beside the paper's figures.
+Needs ``pip install "lm_eval[api,ruler]"``, which brings tasks, graders and the progress bar. Every
+sample of every task is a file in FOLDER; one that is there is not asked for again, and an
+interrupted one goes on from the answers it has. Prints the mean over samples beside the paper's
+figures. RULER's tasks (``niah_...``, ``ruler_vt``, ...) are made in ``--lengths``, counted by the
+model's tokenizer. ``dfs_state_query`` is ours: the public depth-first state queries, given with
+``--data``.
 """
 
 import argparse
@@ -16,7 +19,8 @@ from statistics import mean, stdev
 from typing import Any
 
 Json = dict[str, Any]
-TASKS = ("aime24", "aime25", "minerva_math500", "gpqa_diamond_cot_zeroshot", "niah_single_2")
+OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
+TASKS = ("aime24", "aime25", "minerva_math500", "gpqa_diamond_cot_zeroshot")
 PUBLISHED = {
     "aime24": "Qwen3-8B: full 57.1, TriAttention 42.1 at 2048 and 54.6 at 4096 tokens",
     "aime25": "Qwen3-8B: full 40.8, TriAttention 32.9 at 2048 and 40.8 at 3072 tokens",
@@ -33,6 +37,7 @@ def sample(arguments: argparse.Namespace, task: str, idx: int) -> Json:
         kept: Json = json.loads(path.read_text(encoding="utf-8"))
         return kept
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     found = simple_evaluate(
         model="local-chat-completions",
@@ -53,6 +58,8 @@ def sample(arguments: argparse.Namespace, task: str, idx: int) -> Json:
             "do_sample": True,
         },
         use_cache=str(folder / f"{task}-{idx}"),
+        task_manager=TaskManager(include_path=str(OWN_TASKS)),
+        metadata={"max_seq_lengths": arguments.lengths, "tokenizer": arguments.tokenizer},
         limit=arguments.limit,
         log_samples=False,
         random_seed=idx,
@@ -71,8 +78,9 @@ def _task(arguments: argparse.Namespace, task: str) -> str:
     from lm_eval.tasks import TaskManager
 
     splits = {split: str(Path(file).resolve()) for split in ("train", "test")}
+    tasks = TaskManager(include_path=str(OWN_TASKS))
     content = {
-        "include": str(TaskManager().task_index[task].yaml_path),
+        "include": str(tasks.task_index[task].yaml_path),
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": splits},
     }
@@ -89,7 +97,8 @@ def table(figures: dict[str, list[Json]]) -> str:
     ]
     for task, samples in figures.items():
         for name, value in samples[0].items():
-            if "stderr" in name or not isinstance(value, (int, float)) or "," not in name:
+            is_metric = isinstance(value, (int, float)) and "," in name and "stderr" not in name
+            if not is_metric or value < 0:  # RULER says -1 for lengths that were not asked for
                 continue
             values = [100 * one[name] for one in samples]
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
@@ -110,6 +119,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=8, help="of each question")
     parser.add_argument("--limit", type=int, help="questions of each task")
     parser.add_argument("--data", nargs="+", type=_task_file, default=[], help="TASK=FILE, JSON")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[4096], help="of RULER's tasks")
+    parser.add_argument("--tokenizer", help="folder or name, for RULER's tasks")
     parser.add_argument("--concurrent", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=32768)
     parser.add_argument("--temperature", type=float, default=0.6)

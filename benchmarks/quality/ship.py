@@ -7,9 +7,11 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from quality.problems import calibration_text
+from quality.tasks import machine
 
 MODEL = Path(__file__).parent / "model"
 FILES = (
@@ -31,7 +33,8 @@ language. Made to measure what KV-cache compression does to answers; see `docs/q
   seconds of processes that share their processors with others. `training.jsonl` is the log of every
   twenty steps: loss, and the share of graded words that were right, by task and length, on problems
   that were new at that moment.
-- `calibration.txt`: solved problems, for the statistics of `triattention`.
+- `calibration.txt`: solved problems, for the statistics of `triattention`. `problems.jsonl`:
+  programs with their traces, for `triattention demo`.
 - Licence: that of the project. No data of others went into it.
 
 Graded words right over the last {last} lines of the log, the words before them given:
@@ -61,6 +64,16 @@ def card(plan: Json, log: list[Json]) -> str:
     )
 
 
+def demo_problems(num_problems: int = 16, length: int = 2048) -> str:
+    """Programs and their traces, for the demo: one JSON object a line."""
+    lines = []
+    for idx in range(num_problems):
+        problem = machine.generate(Random(f"demo {idx}"), length)
+        words = {"prompt": problem.prompt, "answer": problem.answer.words}
+        lines.append(json.dumps({name: " ".join(own) for name, own in words.items()}) + "\n")
+    return "".join(lines)
+
+
 def main() -> None:
     """Copy weights, tokenizer and log; write the calibration text and the card."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -71,6 +84,7 @@ def main() -> None:
         shutil.copyfile(folder / "model" / name, MODEL / name)
     shutil.copyfile(folder / "log.jsonl", MODEL / "training.jsonl")
     (MODEL / "calibration.txt").write_text(calibration_text(), encoding="utf-8")
+    (MODEL / "problems.jsonl").write_text(demo_problems(), encoding="utf-8")
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     text = card(plan, [json.loads(line) for line in lines])

@@ -26,8 +26,9 @@ STEPS_PER_LINE = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths in turn, growing with the steps (until this step, this long at most); tokens per step
-    by length (up to this length, this many). The factor on the learning rates in turn (until this
+    """Lengths in turn, growing with the steps (until this step, this long at most), and from
+    ``late`` on ``late_lengths`` and mostly the tasks that are slow to learn; tokens per step by
+    length (up to this length, this many). The factor on the learning rates in turn (until this
     step, this high, falling linearly over this last share), each time rising over ``warm_up``."""
 
     steps: int
@@ -37,9 +38,14 @@ class Plan:
     stages: tuple[tuple[int, int], ...] = (
         (400, 128), (800, 256), (1300, 512), (2100, 1024), (2400, 2048),
     )  # fmt: skip
+    late_from: int = 5300
+    late: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = (
+        (8000, (1024, 4096, 2048, 1024, 4096, 2048, 512, 4096), (1, 0, 1, 2, 1, 0, 1, 3, 1, 0, 4)),
+        (9000, (4096, 2048, 4096, 1024), (0, 1, 0, 2, 0, 1, 3, 0, 2, 1, 4)),
+    )
     warm_up: int = 50
     cycles: tuple[tuple[int, float, float], ...] = (
-        (3800, 1.0, 0.3), (4800, 0.4, 0.7), (5300, 0.4, 0.7),
+        (3800, 1.0, 0.3), (4800, 0.4, 0.7), (5300, 0.4, 0.7), (9000, 0.5, 0.85),
     )  # fmt: skip
     matrix_rate: float = 0.02
     norm_rate: float = 0.01
@@ -48,9 +54,19 @@ class Plan:
 
     def length(self, step: int) -> int:
         """Length of the problems of a step."""
+        lengths, _ = self.late_stage(step)
+        if lengths:
+            return lengths[step % len(lengths)]
         longest = next((top for end, top in self.stages if step < end), max(self.lengths))
         now = [length for length in self.lengths if length <= longest]
         return now[step % len(now)]
+
+    def late_stage(self, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths and tasks in turn, or nothing while the usual ones are learned."""
+        if step < self.late_from:
+            return (), ()
+        stages = (stage[1:] for stage in self.late if step < stage[0])
+        return next(stages, self.late[-1][1:])
 
     def num_rows(self, length: int) -> int:
         """Problems of a step, over all ranks."""
@@ -201,7 +217,8 @@ def train(plan: Plan, folder: Path, rank: int, num_ranks: int, checkpoint_second
         begun = time.monotonic()
         length = plan.length(training.step)
         rows = max(1, plan.num_rows(length) // num_ranks)
-        batch = make_batch(plan.seed, training.step, rows, length, rank, num_ranks)
+        _, tasks = plan.late_stage(training.step)
+        batch = make_batch(plan.seed, training.step, rows, length, rank, num_ranks, late=tasks)
         log.add(batch, *training.train_step(batch))
         training.seconds += time.monotonic() - begun
         if training.step % STEPS_PER_LINE == 0 and rank == 0:
@@ -217,7 +234,7 @@ def main() -> None:
     """Start the ranks and wait for them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5300)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--rank", type=int, help="be this one, where the others are started apart")

@@ -8,21 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quality.lm_eval_tasks import dfs_state_query
 from quality.served import parse, sample, table
 
 QUESTIONS = [{"ID": str(n), "Problem": f"What is {n} + 1?", "Answer": n + 1} for n in range(4)]
 
 
+GRAPH = {"nodes": [0, 1, 2, 3], "edges": [[0, 1], [0, 2], [1, 3]]}
+STATES = [
+    {"current_node": 3, "stack": [0, 1, 3], "visited_nodes": [0, 1, 3]},
+    {"current_node": 2, "stack": [0, 2], "visited_nodes": [0, 1, 2, 3]},
+]
+SEARCHES = [
+    {"id": idx, "graph": GRAPH, "start_node": 0, "steps": steps, "answer": state}
+    for idx, (steps, state) in enumerate(zip((2, 5), STATES, strict=True))
+]
+
+
 class Answers(BaseHTTPRequestHandler):
-    """Stands in for a model, which cannot answer AIME here: right for even numbers."""
+    """Stands in for a model, which cannot answer AIME here: right for even numbers, and for the
+    state of a search after two steps."""
 
     asked: list[dict[str, Any]]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append({"path": self.path, **body})
-        number = int(body["messages"][-1]["content"].split("What is ")[1].split(" ")[0])
-        said = f"So it is $\\boxed{{{number + 1 + number % 2}}}$."
+        question = body["messages"][-1]["content"]
+        if "depth-first" in question:
+            said = f"At first {{}}, then: {json.dumps(STATES[0])}"
+        else:
+            number = int(question.split("What is ")[1].split(" ")[0])
+            said = f"So it is $\\boxed{{{number + 1 + number % 2}}}$."
         message = {"role": "assistant", "content": said}
         answer = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
         self.send_response(200)
@@ -67,6 +84,29 @@ def test_a_stand_in_for_aime24_is_asked_graded_and_not_asked_again(
     assert {request["seed"] for request in asked} == {0, 1}
     assert [sample(arguments, "aime24", idx) for idx in range(2)] == found
     assert len(asked) == 8
+
+
+def test_the_public_searches_are_asked_in_words_and_judged_part_by_part(
+    server: tuple[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval grades; pip install 'lm_eval[api]'")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    data = tmp_path / "searches.json"
+    data.write_text(json.dumps(SEARCHES), encoding="utf-8")
+    url, asked = server
+    words = ["--base-url", url, "--model", "stand-in", "--output", str(tmp_path)]
+    arguments = parse([*words, "--data", f"dfs_state_query={data}"])
+    found = sample(arguments, "dfs_state_query", 0)
+    parts = ("exact", "current_node", "stack", "visited_nodes")
+    assert [found[f"{part},none"] for part in parts] == [0.5] * 4
+    questions = [request["messages"][-1]["content"] for request in asked]
+    assert all("1: 0, 3\n" in question for question in questions)
+    assert sorted("after step 2?" in question for question in questions) == [False, True]
+
+
+def test_an_answer_without_a_state_is_wrong_in_every_part() -> None:
+    for said in ("", "no idea {", "[1]", '{"stack": 0} {broken}'):
+        assert set(dfs_state_query.judged(SEARCHES[0], [said]).values()) == {0.0}
 
 
 def test_the_table_has_measured_and_published_figures_side_by_side() -> None:

@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from triattention_vllm.tools.reasoner import MODEL
 from triattention_vllm.tools.server import Server, serving
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
-CONFIG_FILE = Path(__file__).parents[2] / "configs" / "tiny-cpu.yaml"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The configuration file that users find: a pool that is half as long as ``max_model_len``,
-    rounds from 320 cached tokens on."""
+    """The small reasoner and the configuration file that users find: a pool that is half as long as
+    ``max_model_len``, rounds from 320 cached tokens on."""
     folder = tmp_path_factory.mktemp("served")
-    model = write_tiny_model(folder / "model", num_layers=2, hidden_size=128, head_dim=32)
-    arguments = ["--served-model-name=tiny", "--config", str(CONFIG_FILE)]
+    arguments = ["--served-model-name=tiny", "--config", "configs/tiny-cpu.yaml"]
     environment = {
         "TRIATTENTION_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
@@ -26,5 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "60",
     }
     log_path = Path(folder / "server.log")
-    with serving(model, arguments, log_path, environment=environment) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # the file names a text by its path in the clone
+        with serving(MODEL, arguments, log_path, environment=environment) as running:
+            yield running

@@ -16,6 +16,7 @@ from triattention_vllm.tools import demo, server
 from triattention_vllm.tools.blocks_plot import plot_blocks
 from triattention_vllm.tools.demo_display import Display, comparison
 from triattention_vllm.tools.load import Timeline, put_under_load
+from triattention_vllm.tools.reasoner import problems, right_share
 from triattention_vllm.tools.server import PoolState, Server, pool_state, serving
 
 METRICS = """\
@@ -61,9 +62,9 @@ def test_a_timeline_counts_preemptions_and_requests_running() -> None:
 def test_the_table_and_the_picture_show_both_runs(tmp_path: Path) -> None:
     runs = [timeline("full attention", (0, 0, 1, 3)), timeline("budget 512", (0, 0, 0, 0))]
     console = Console(file=io.StringIO(), width=100)
-    console.print(comparison(runs, [2048, 16384]))
+    console.print(comparison(runs, [2048, 16384], [1.0, 0.9]))
     shown = console.file.getvalue()
-    for part in ("full attention", "budget 512", "90 (95%)", "16384", "100"):
+    for part in ("full attention", "budget 512", "90 (95%)", "16384", "100%", "90%"):
         assert part in shown
     png, svg = plot_blocks(runs, tmp_path / "blocks", title="two runs")
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -73,6 +74,7 @@ def test_the_table_and_the_picture_show_both_runs(tmp_path: Path) -> None:
 def test_a_load_on_the_server_is_watched_to_its_end(server: Server) -> None:
     console = Console(file=io.StringIO(), width=200)
     seen = []
+    given = problems()[:2]
     with Display(console, "compressed", 1600) as display:
 
         def look(state: PoolState, num_streamed: int) -> None:
@@ -80,8 +82,10 @@ def test_a_load_on_the_server_is_watched_to_its_end(server: Server) -> None:
             display.last_line -= 10
             display.show(state, num_streamed)
 
-        run = put_under_load(server, "compressed", ["One.", "Two."], 800, look)
+        run = put_under_load(server, "compressed", [one.prompt for one in given], 800, look)
     assert run.num_tokens == 1600
+    assert [len(answer.split()) for answer in run.answers] == [800, 800]
+    assert right_share(given, run.answers) > 0.05
     assert seen == sorted(seen)
     assert seen[-1] == 1600
     assert 0 < run.peak_held < 2 * 800 // 32

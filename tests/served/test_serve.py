@@ -7,11 +7,13 @@ import pytest
 from openai import OpenAI
 from openai.types import CompletionUsage
 
+from triattention_vllm.tools.reasoner import problems
 from triattention_vllm.tools.server import PoolState, Server
 
 BUDGET, INTERVAL, BLOCK_SIZE = 256, 64, 32
 # Budget and interval, and the block that a decode step may begin.
 MOST_BLOCKS = (BUDGET + INTERVAL) // BLOCK_SIZE + 1
+PROGRAMS = [problem.prompt for problem in problems()]
 ENGINE_PROCESSES = ("(EngineCore", "(Worker", "(VllmWorker")
 
 
@@ -60,15 +62,15 @@ def idle_pool(server: Server, client: OpenAI) -> PoolState:
 def test_the_server_says_what_compression_buys(server: Server) -> None:
     lines = [line for line in server.log().splitlines() if "KV compression is on" in line]
     assert len(lines) == 1
-    for part in ("triattention", "budget 256", "made from the shipped text", "of 8192 tokens"):
+    for part in ("triattention", "budget 256", "made from calibration.txt", "of 8192 tokens"):
         assert part in lines[0]
 
 
 def test_an_answer_of_ten_times_the_budget_arrives_whole(server: Server, client: OpenAI) -> None:
-    text, usage = stream_chat(client, "Tell me a long story.", 2600)
+    text, usage = stream_chat(client, PROGRAMS[0], 2600)
     assert usage is not None
     assert usage.completion_tokens == 2600
-    assert len(text) >= 2600
+    assert len(text.split()) == 2600
     assert idle_pool(server, client).num_held == 0
 
 
@@ -79,7 +81,7 @@ def test_several_clients_share_a_pool_that_could_not_hold_them(
     held = []
     with ThreadPoolExecutor(len(lengths)) as threads:
         answers = [
-            threads.submit(stream_chat, client, f"Story {idx}, please.", length)
+            threads.submit(stream_chat, client, PROGRAMS[idx], length)
             for idx, length in enumerate(lengths)
         ]
         while not all(answer.done() for answer in answers):
@@ -97,16 +99,16 @@ def test_several_clients_share_a_pool_that_could_not_hold_them(
 def test_an_abort_in_the_middle_leaves_the_other_requests_and_the_pool_alone(
     server: Server, client: OpenAI
 ) -> None:
-    before, _ = stream_chat(client, "The same question.", 700)
+    before, _ = stream_chat(client, PROGRAMS[6], 700)
     with ThreadPoolExecutor(2) as threads:
-        aborted = threads.submit(stream_chat, client, "Stop me.", 6000, abort_after=800)
-        neighbour = threads.submit(stream_chat, client, "Let me finish.", 1200)
+        aborted = threads.submit(stream_chat, client, PROGRAMS[7], 6000, abort_after=800)
+        neighbour = threads.submit(stream_chat, client, PROGRAMS[8], 1200)
         assert aborted.result()[1] is None
         usage = neighbour.result()[1]
     assert usage is not None
     assert usage.completion_tokens == 1200
     assert idle_pool(server, client).num_held == 0
-    after, _ = stream_chat(client, "The same question.", 700)
+    after, _ = stream_chat(client, PROGRAMS[6], 700)
     assert after == before
 
 

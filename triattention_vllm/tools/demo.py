@@ -1,8 +1,7 @@
 """``triattention demo``: the same long answers in a small pool, without and with compression.
 
-Builds a tiny random model, serves it with the real ``vllm serve`` on loopback and shows what
-happens at the wall. Needs no GPU, no network and no model of yours; the texts are gibberish, the
-blocks are real.
+Serves the small reasoner of this package with the real ``vllm serve`` on loopback and shows what
+happens at the wall, and what it does to the answers. Needs no GPU, no network and no other model.
 """
 
 import argparse
@@ -19,15 +18,20 @@ from triattention_vllm.errors import SettingsError, TriAttentionError
 from triattention_vllm.tools.blocks_plot import plot_blocks
 from triattention_vllm.tools.demo_display import Display, comparison
 from triattention_vllm.tools.load import Timeline, put_under_load
+from triattention_vllm.tools.reasoner import (
+    CALIBRATION_TEXT,
+    MAX_MODEL_LEN,
+    MODEL,
+    problems,
+    right_share,
+)
 from triattention_vllm.tools.server import serving
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 BLOCK_SIZE = 32
 POOL_MEBIBYTES = 12
 SHORT_MAX_LEN = 2048
-LONG_MAX_LEN = 16384
-_PROMPT = "Client {}: please think for a long time, step by step, before you answer."
-_LONGEST_PROMPT = 128
+LONG_MAX_LEN = MAX_MODEL_LEN
+_LONGEST_PROMPT = 320
 
 
 @dataclass(frozen=True)
@@ -88,37 +92,43 @@ def run(args: argparse.Namespace) -> int:
         )
     console = Console()
     args.output.mkdir(parents=True, exist_ok=True)
-    model = write_tiny_model(args.output / "tiny-model", max_position_embeddings=LONG_MAX_LEN)
     console.print(
-        f"A tiny random model, a KV pool of {POOL_MEBIBYTES} MiB, and {args.clients} clients that "
-        f"each stream an answer of {args.answer_tokens} tokens. Everything goes to {args.output}/.",
+        f"A small model that follows programs step by step, a KV pool of {POOL_MEBIBYTES} MiB, and "
+        f"{args.clients} clients that each stream an answer of {args.answer_tokens} tokens. "
+        f"Everything goes to {args.output}/.",
         highlight=False,
     )
-    compression = ("--kv-compression=triattention", f"--kv-compression-config.budget={args.budget}")
+    compression = (
+        "--kv-compression=triattention",
+        f"--kv-compression-config.budget={args.budget}",
+        f"--kv-compression-config.calibration_text={CALIBRATION_TEXT}",
+    )
     runs = [
         Run("full attention", SHORT_MAX_LEN),
         Run(f"budget {args.budget}", LONG_MAX_LEN, compression),
     ]
     try:
         with _ended_like_ctrl_c():
-            _show_refusal(console, model, args.output)
-            timelines = [_measure(console, one, model, args) for one in runs]
+            _show_refusal(console, args.output)
+            timelines = [_measure(console, one, args) for one in runs]
     except KeyboardInterrupt:
         console.print("\ninterrupted; the server is stopped")
         return 130
     console.print()
-    console.print(comparison(timelines, [one.max_model_len for one in runs]))
+    given = problems()[: args.clients]
+    shares = [right_share(given, timeline.answers) for timeline in timelines]
+    console.print(comparison(timelines, [one.max_model_len for one in runs], shares))
     for file in _write_results(timelines, args):
         console.print(f"wrote {file}", highlight=False)
     return 0
 
 
-def _show_refusal(console: Console, model: Path, output: Path) -> None:
+def _show_refusal(console: Console, output: Path) -> None:
     """Full attention does not even start with a context that is longer than its pool."""
     refused = Run("full attention long context", LONG_MAX_LEN)
     _announce(console, refused)
     try:
-        with serving(model, refused.all_arguments, output / refused.log_name) as server:
+        with serving(MODEL, refused.all_arguments, output / refused.log_name) as server:
             console.print(f"  started, although the pool is small: see {server.log_path}")
     except TriAttentionError:
         log = (output / refused.log_name).read_text(encoding="utf-8", errors="replace")
@@ -129,7 +139,7 @@ def _show_refusal(console: Console, model: Path, output: Path) -> None:
         console.print(f"  refused: {reason[reason.index('To serve') :]}", highlight=False)
 
 
-def _measure(console: Console, one: Run, model: Path, args: argparse.Namespace) -> Timeline:
+def _measure(console: Console, one: Run, args: argparse.Namespace) -> Timeline:
     """Start one server, put it under load, stop it."""
     _announce(console, one)
     # A thread of its own for so small a model would only take the cores from the clients.
@@ -138,12 +148,12 @@ def _measure(console: Console, one: Run, model: Path, args: argparse.Namespace) 
         "OMP_NUM_THREADS": "1",
     }
     log_path = args.output / one.log_name
-    with serving(model, one.all_arguments, log_path, environment=environment) as server:
+    with serving(MODEL, one.all_arguments, log_path, environment=environment) as server:
         for line in server.log().splitlines():
             _, found, line_of_ours = line.partition("KV compression is on")
             if found:
                 console.print(f"  {found}{line_of_ours}", highlight=False)
-        prompts = [_PROMPT.format(idx + 1) for idx in range(args.clients)]
+        prompts = [problem.prompt for problem in problems()[: args.clients]]
         with Display(console, one.name, args.clients * args.answer_tokens) as display:
             timeline = put_under_load(server, one.name, prompts, args.answer_tokens, display.show)
     console.print(
@@ -157,7 +167,7 @@ def _measure(console: Console, one: Run, model: Path, args: argparse.Namespace) 
 
 def _announce(console: Console, one: Run) -> None:
     flags = " ".join([f"--max-model-len={one.max_model_len}", *one.arguments])
-    console.print(f"\n[bold]{one.name}[/bold]: vllm serve tiny-model {flags}", highlight=False)
+    console.print(f"\n[bold]{one.name}[/bold]: vllm serve reasoner {flags}", highlight=False)
 
 
 def _write_results(timelines: Sequence[Timeline], args: argparse.Namespace) -> list[Path]:

@@ -66,8 +66,11 @@ class Display:
             )
 
 
-def comparison(timelines: Sequence[Timeline], longest_contexts: Sequence[int]) -> Table:
-    """The table at the end: one column per run."""
+def comparison(
+    timelines: Sequence[Timeline], longest_contexts: Sequence[int], right_shares: Sequence[float]
+) -> Table:
+    """The table at the end: one column per run. ``right_shares``: of the words of the answers,
+    those before the first wrong one."""
     rows = {
         "pool, blocks": [f"{t.num_blocks}" for t in timelines],
         "most blocks held": [
@@ -77,6 +80,7 @@ def comparison(timelines: Sequence[Timeline], longest_contexts: Sequence[int]) -
         "requests running, median": [f"{t.median_running:g} of {t.num_clients}" for t in timelines],
         "served with max_model_len": [f"{length}" for length in longest_contexts],
         "answer tokens": [f"{t.num_tokens}" for t in timelines],
+        "right before the first mistake": [f"{share:.0%}" for share in right_shares],
         "seconds": [f"{t.seconds:.1f}" for t in timelines],
         "tokens per second": [f"{t.num_tokens / t.seconds:.0f}" for t in timelines],
     }

@@ -22,6 +22,7 @@ class Timeline:
     name: str
     num_clients: int
     states: list[PoolState] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
     num_tokens: int = 0
     seconds: float = 0.0
 
@@ -63,13 +64,14 @@ def put_under_load(
     answer_tokens: int,
     on_look: Callable[[PoolState, int], None],
 ) -> Timeline:
-    """Stream one answer of exactly ``answer_tokens`` tokens per prompt, all at once.
+    """Stream one greedy answer of exactly ``answer_tokens`` tokens per prompt, all at once.
 
     ``on_look`` is called a few times a second with the pool's state and the answer tokens so far.
     Raises TriAttentionError with the end of the server's log where an answer breaks off.
     """
     timeline = Timeline(name, len(prompts))
     streamed = [0] * len(prompts)
+    timeline.answers = [""] * len(prompts)
     start = time.monotonic()
 
     def look() -> None:
@@ -82,7 +84,7 @@ def put_under_load(
             model="tiny",
             messages=[{"role": "user", "content": prompts[client_idx]}],
             max_tokens=answer_tokens,
-            temperature=1.0,
+            temperature=0.0,
             stream=True,
             stream_options={"include_usage": True},
             extra_body={
@@ -93,6 +95,8 @@ def put_under_load(
         for chunk in chunks:
             if chunk.usage is not None:
                 streamed[client_idx] = chunk.usage.completion_tokens
+            for choice in chunk.choices:
+                timeline.answers[client_idx] += choice.delta.content or ""
 
     # The threads outlive an interrupt only until the server is stopped, which ends their streams.
     pool = ThreadPoolExecutor(max_workers=len(prompts))

@@ -1,7 +1,7 @@
 """``triattention trace``: one request's rounds, as a picture and as a page.
 
-Draws a recording of your own server (``--kv-compression-config.trace FILE``), or serves a tiny
-random model, lets it answer once and draws that.
+Draws a recording of your own server (``--kv-compression-config.trace FILE``), or serves the small
+reasoner of this package, lets it answer once and draws that.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from triattention_vllm.errors import SettingsError
 from triattention_vllm.tools.garage_page import write_page
+from triattention_vllm.tools.reasoner import CALIBRATION_TEXT, MAX_MODEL_LEN, MODEL, problems
 from triattention_vllm.tools.recording import read_recording, request_recording, requests_of
 from triattention_vllm.tools.terminal import console, say, table
 
@@ -18,14 +19,17 @@ _EXAMPLE_ARGUMENTS = (
     "--dtype=float32",
     "--enforce-eager",
     "--distributed-executor-backend=uni",
-    "--max-model-len=16384",
+    f"--max-model-len={MAX_MODEL_LEN}",
     "--block-size=32",
     "--kv-cache-memory-bytes=12M",
     "--max-num-batched-tokens=512",
     "--kv-compression=triattention",
     "--kv-compression-config.interval=64",
     "--kv-compression-config.window=64",
+    f"--kv-compression-config.calibration_text={CALIBRATION_TEXT}",
 )
+_MOST_TOKENS = MAX_MODEL_LEN - 320
+"""Room for the prompt."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     out = console()
     recorded = args.recording
     if recorded is None:
-        say(out, "Serving a tiny random model and recording one answer; this takes a minute.")
+        say(out, "Serving the small reasoner and recording one answer; this takes a minute.")
         recorded = record_example(args.output, args.budget, args.answer_tokens)
         say(out, f"wrote {recorded}")
     lines = read_recording(recorded)
@@ -86,18 +90,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def record_example(folder: Path, budget: int, answer_tokens: int) -> Path:
-    """Serve a tiny random model into ``folder``, let it answer once; returns the recording."""
-    if not 1 <= answer_tokens <= 16000:
-        raise SettingsError(f"--answer-tokens is {answer_tokens}; allowed are 1 to 16000.")
+    """Serve the small reasoner, let it answer once; returns the recording in ``folder``."""
+    if not 1 <= answer_tokens <= _MOST_TOKENS:
+        raise SettingsError(f"--answer-tokens is {answer_tokens}; allowed are 1 to {_MOST_TOKENS}.")
     from openai import OpenAI
 
     from triattention_vllm.tools.server import serving
-    from triattention_vllm.tools.tiny_model import write_tiny_model
 
     folder.mkdir(parents=True, exist_ok=True)
     recorded = folder / "rounds.jsonl"
     recorded.unlink(missing_ok=True)
-    model = write_tiny_model(folder / "tiny-model", max_position_embeddings=16384)
     arguments = [
         *_EXAMPLE_ARGUMENTS,
         f"--kv-compression-config.budget={budget}",
@@ -107,12 +109,13 @@ def record_example(folder: Path, budget: int, answer_tokens: int) -> Path:
         "TRIATTENTION_CACHE": str((folder / "cache").resolve()),
         "OMP_NUM_THREADS": "1",
     }
-    with serving(model, arguments, folder / "server.log", environment=environment) as server:
+    with serving(MODEL, arguments, folder / "server.log", environment=environment) as server:
         client = OpenAI(base_url=server.api_url, api_key="none", max_retries=0, timeout=900)
         client.chat.completions.create(
             model="tiny",
-            messages=[{"role": "user", "content": "Think for a long time, step by step."}],
+            messages=[{"role": "user", "content": problems()[0].prompt}],
             max_tokens=answer_tokens,
+            temperature=0.0,
             extra_body={"ignore_eos": True},
         )
     return recorded

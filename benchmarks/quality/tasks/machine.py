@@ -16,16 +16,16 @@ from quality.vocabulary import BOS, LETTERS, SYMBOLS
 
 WORDS_PER_STEP = 7
 WORDS_PER_LINE = 8
-MAX_TRIES = 1000
+MAX_TRIES = 4000
 
 
 def generate(rng: Random, length: int) -> Problem:
     """A problem of exactly ``length`` words."""
-    most_lines = max(4, min(40, length // 3 // WORDS_PER_LINE))
+    most_lines = max(4, min(26, length // 3 // WORDS_PER_LINE))
     most_registers = max(5, min(len(LETTERS), length // 20))
     for _ in range(MAX_TRIES):
         registers = rng.sample(LETTERS, rng.randint(most_registers // 2, most_registers))
-        labels = rng.sample(SYMBOLS, rng.randint(most_lines // 2, most_lines))
+        labels = rng.sample(SYMBOLS, rng.randint(3 * most_lines // 4, most_lines))
         found = _run(rng, registers, labels, length)
         if found is not None:
             return found

@@ -1,0 +1,45 @@
+"""The small reasoner that comes with the package, and problems that it solves step by step.
+
+2.4 million parameters, 128 words, one word per token: it follows a program with jumps and writes
+down every value read and written. Trained and described in ``benchmarks/quality``.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+MODEL = Path(__file__).parents[1] / "reasoner"
+CALIBRATION_TEXT = MODEL / "calibration.txt"
+MAX_MODEL_LEN = 8192
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Words with spaces between them. The answer is a trace, which goes on as long as asked for:
+    these are its first words."""
+
+    prompt: str
+    answer: str
+
+
+def problems() -> list[Problem]:
+    """Sixteen programs that the model was not trained on, the longest prompt below 320 words, and
+    1,728 words of each answer at least."""
+    lines = (MODEL / "problems.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Problem(**json.loads(line)) for line in lines]
+
+
+def right_share(given: Sequence[Problem], answers: Sequence[str]) -> float:
+    """Share of the words before the first wrong one, mean over the answers."""
+    shares = [_right_share(*pair) for pair in zip(given, answers, strict=True)]
+    return sum(shares) / len(shares)
+
+
+def _right_share(problem: Problem, answer: str) -> float:
+    words = answer.split()
+    expected = problem.answer.split()[: len(words)]
+    right = 0
+    while right < len(expected) and expected[right] == words[right]:
+        right += 1
+    return right / max(1, len(words))
