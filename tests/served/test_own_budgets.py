@@ -12,7 +12,8 @@ import pytest
 from triattention_vllm.tools.server import Server
 
 BAD: list[tuple[object, str]] = [
-    ({"kv_budget": 10**30}, "between -2**63 and 2**64 - 1"),
+    # vLLM's own reason, or ours where the release passes such numbers on.
+    ({"kv_budget": 10**30}, "between -2**63 and 2**64 - 1|allowed here is at most 2032 tokens"),
     ({"kv_budget": 2**63}, "allowed here is at most 2032 tokens"),
     ({"kv_budget": 2033}, "allowed here is at most 2032 tokens"),
     ({"kv_budget": -1}, "budget is -1"),
@@ -71,7 +72,8 @@ def test_bad_values_are_answered_with_400_and_the_reason(server: Server, stream:
     for xargs, reason in BAD:
         for way in (ask, ask_chat):
             status, answer = way(server, xargs, 4, stream=stream)
-            assert (status, reason in answer) == (400, True), f"{xargs}: {status} {answer}"
+            says_why = any(one in answer for one in reason.split("|"))
+            assert (status, says_why) == (400, True), f"{xargs}: {status} {answer}"
     off = {"kv_compression": "off"}
     # A chat without max_tokens may be as long as the model allows.
     for status, answer in (

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--clients", type=int, default=4, metavar="N", help="answers streamed at once (4)")
     add("--answer-tokens", type=int, default=1600, metavar="TOKENS", help="per answer (1600)")
-    add("--budget", type=int, default=384, metavar="TOKENS", help="kept per request (384)")
+    add("--budget", type=int, default=512, metavar="TOKENS", help="kept per request (512)")
 
 
 def run(args: argparse.Namespace) -> int:
