@@ -184,13 +184,14 @@ def score_launch(
     return launches[0]
 
 
-# NVIDIA and AMD write e4m3 differently. bfloat16 is what the models above have.
+# NVIDIA and AMD write e4m3 differently.
 E4M3 = {"cuda": torch.float8_e4m3fn, "hip": torch.float8_e4m3fnuz}
 
 
 @pytest.mark.parametrize("for_target", TARGETS, indirect=True)
 @pytest.mark.parametrize(
-    "key", [torch.float32, torch.float16, "e4m3", torch.float8_e5m2, torch.int8]
+    "key",
+    [torch.float32, torch.bfloat16, torch.float16, "e4m3", torch.float8_e5m2, torch.int8],
 )
 @pytest.mark.parametrize(
     ("group", "head_dim", "rotary_dim", "interleaved"),
