@@ -3,7 +3,7 @@
     PYTHONPATH=benchmarks python -m quality.served --base-url http://localhost:8000 --model NAME
         --output FOLDER [--tasks aime24 ...] [--samples N] [--limit N] [--data TASK=FILE]
 
-Needs ``pip install "lm_eval[api,ruler]"``, which brings tasks, graders and the progress bar. Every
+Needs ``pip install "lm_eval[api,ruler]" transformers``: tasks, graders and the progress bar. Every
 sample of every task is a file in FOLDER; one that is there is not asked for again, and an
 interrupted one goes on from the answers it has. Prints the mean over samples beside the paper's
 figures. RULER's tasks (``niah_...``, ``ruler_vt``, ...) are made in ``--lengths``, counted by the
@@ -39,6 +39,7 @@ def sample(arguments: argparse.Namespace, task: str, idx: int) -> Json:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    lengths = {"max_seq_lengths": arguments.lengths, "tokenizer": arguments.tokenizer}
     found = simple_evaluate(
         model="local-chat-completions",
         model_args={
@@ -55,11 +56,9 @@ def sample(arguments: argparse.Namespace, task: str, idx: int) -> Json:
             "temperature": arguments.temperature,
             "top_p": arguments.top_p,
             "max_gen_toks": arguments.max_tokens,
-            "do_sample": True,
         },
         use_cache=str(folder / f"{task}-{idx}"),
-        task_manager=TaskManager(include_path=str(OWN_TASKS)),
-        metadata={"max_seq_lengths": arguments.lengths, "tokenizer": arguments.tokenizer},
+        task_manager=TaskManager(include_path=str(OWN_TASKS), metadata=lengths),
         limit=arguments.limit,
         log_samples=False,
         random_seed=idx,
@@ -125,7 +124,13 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=32768)
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--top-p", type=float, default=0.95)
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    made = [task for task in arguments.tasks if task.startswith(("niah", "ruler"))]
+    if made and arguments.tokenizer is None:
+        parser.error(f"{made} are made in lengths of tokens: give --tokenizer, a folder or a name")
+    if "dfs_state_query" in arguments.tasks and "dfs_state_query" not in dict(arguments.data):
+        parser.error("dfs_state_query has no data of its own: give --data dfs_state_query=FILE")
+    return arguments
 
 
 def _task_file(text: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Put a trained model where the quality run, the tests and the demo look for it, with its card.
 
-PYTHONPATH=benchmarks python -m quality.ship --folder RUN
+PYTHONPATH=benchmarks python -m quality.ship --folder RUN [--note TEXT]
 """
 
 import argparse
@@ -32,7 +32,7 @@ language. Made to measure what KV-cache compression does to answers; see `docs/q
 - Made by `python -m quality.train --steps {steps} --seed {seed}`: {tokens} tokens, {seconds}
   seconds of processes that share their processors with others. `training.jsonl` is the log of every
   twenty steps: loss, and the share of graded words that were right, by task and length, on problems
-  that were new at that moment.
+  that were new at that moment.{note}
 - `calibration.txt`: solved problems, for the statistics of `triattention`. `problems.jsonl`:
   programs with their traces, for `triattention demo`.
 - Licence: that of the project. No data of others went into it.
@@ -46,8 +46,8 @@ Graded words right over the last {last} lines of the log, the words before them 
 LAST_LINES = 10
 
 
-def card(plan: Json, log: list[Json]) -> str:
-    """The model card, with the figures of the end of the log."""
+def card(plan: Json, log: list[Json], note: str) -> str:
+    """The model card, with the figures of the end of the log and what else is to be said."""
     found: dict[str, list[float]] = {}
     for line in log[-LAST_LINES:]:
         for name, share in line["right"].items():
@@ -57,6 +57,7 @@ def card(plan: Json, log: list[Json]) -> str:
     return CARD.format(
         steps=plan["steps"],
         seed=plan["seed"],
+        note=f" {note}" if note else "",
         tokens=last["tokens"],
         seconds=last["seconds"],
         last=min(LAST_LINES, len(log)),
@@ -78,7 +79,9 @@ def main() -> None:
     """Copy weights, tokenizer and log; write the calibration text and the card."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="of the training")
-    folder: Path = parser.parse_args().folder
+    parser.add_argument("--note", default="", help="what the command does not say of this run")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
     MODEL.mkdir(exist_ok=True)
     for name in FILES:
         shutil.copyfile(folder / "model" / name, MODEL / name)
@@ -87,7 +90,7 @@ def main() -> None:
     (MODEL / "problems.jsonl").write_text(demo_problems(), encoding="utf-8")
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    text = card(plan, [json.loads(line) for line in lines])
+    text = card(plan, [json.loads(line) for line in lines], arguments.note)
     (MODEL / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Train the small reasoner from scratch, on two CPU cores in about half an hour.
+"""Train the small reasoner from scratch, on two CPU cores in about two hours.
 
     PYTHONPATH=benchmarks python -m quality.train --folder RUN [--steps N] [--seed S] [--ranks 2]
 

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -64,17 +64,31 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     running.server_close()
 
 
-def test_a_stand_in_for_aime24_is_asked_graded_and_not_asked_again(
+@pytest.fixture
+def ask(
     server: tuple[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[[str, Sequence[dict[str, Any]], int], dict[str, Any]]:
+    """lm-eval's figures of one sample of a task over these entries."""
     pytest.importorskip("lm_eval", reason="lm_eval grades; pip install 'lm_eval[api]'")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    data = tmp_path / "aime.json"
-    data.write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
-    url, asked = server
-    words = ["--base-url", url, "--model", "stand-in", "--output", str(tmp_path)]
-    arguments = parse([*words, "--tasks", "aime24", "--data", f"aime24={data}"])
-    found = [sample(arguments, "aime24", idx) for idx in range(2)]
+    url, _ = server
+
+    def figures(task: str, entries: Sequence[dict[str, Any]], idx: int) -> dict[str, Any]:
+        data = tmp_path / "entries.json"
+        data.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
+        words = ["--base-url", url, "--model", "stand-in", "--output", str(tmp_path)]
+        return sample(parse([*words, "--tasks", task, "--data", f"{task}={data}"]), task, idx)
+
+    return figures
+
+
+def test_a_stand_in_for_aime24_is_asked_graded_and_not_asked_again(
+    server: tuple[str, list[dict[str, Any]]],
+    ask: Callable[[str, Sequence[dict[str, Any]], int], dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    _, asked = server
+    found = [ask("aime24", QUESTIONS, idx) for idx in range(2)]
     assert [one["exact_match,none"] for one in found] == [0.5, 0.5]
     assert len(asked) == 8
     for request in asked:
@@ -82,26 +96,35 @@ def test_a_stand_in_for_aime24_is_asked_graded_and_not_asked_again(
         assert (request["temperature"], request["top_p"]) == (0.6, 0.95)
         assert request["max_tokens"] == 32768
     assert {request["seed"] for request in asked} == {0, 1}
-    assert [sample(arguments, "aime24", idx) for idx in range(2)] == found
+    assert [ask("aime24", QUESTIONS, idx) for idx in range(2)] == found
+    (tmp_path / "aime24-0.json").unlink()  # as if interrupted before it was graded
+    assert ask("aime24", QUESTIONS, 0) == found[0]
     assert len(asked) == 8
 
 
 def test_the_public_searches_are_asked_in_words_and_judged_part_by_part(
-    server: tuple[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: tuple[str, list[dict[str, Any]]],
+    ask: Callable[[str, Sequence[dict[str, Any]], int], dict[str, Any]],
 ) -> None:
-    pytest.importorskip("lm_eval", reason="lm_eval grades; pip install 'lm_eval[api]'")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    data = tmp_path / "searches.json"
-    data.write_text(json.dumps(SEARCHES), encoding="utf-8")
-    url, asked = server
-    words = ["--base-url", url, "--model", "stand-in", "--output", str(tmp_path)]
-    arguments = parse([*words, "--data", f"dfs_state_query={data}"])
-    found = sample(arguments, "dfs_state_query", 0)
+    _, asked = server
+    found = ask("dfs_state_query", SEARCHES, 0)
     parts = ("exact", "current_node", "stack", "visited_nodes")
     assert [found[f"{part},none"] for part in parts] == [0.5] * 4
     questions = [request["messages"][-1]["content"] for request in asked]
     assert all("1: 0, 3\n" in question for question in questions)
     assert sorted("after step 2?" in question for question in questions) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("task", "missing"), [("niah_single_2", "--tokenizer"), ("dfs_state_query", "--data")]
+)
+def test_a_task_that_lacks_something_is_refused_before_anything_is_asked(
+    task: str, missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--base-url", "http://127.0.0.1:1", "--model", "none", "--output", "nowhere"]
+    with pytest.raises(SystemExit):
+        parse([*words, "--tasks", task])
+    assert missing in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_answer_without_a_state_is_wrong_in_every_part() -> None:

@@ -85,7 +85,12 @@ def test_a_load_on_the_server_is_watched_to_its_end(server: Server) -> None:
         run = put_under_load(server, "compressed", [one.prompt for one in given], 800, look)
     assert run.num_tokens == 1600
     assert [len(answer.split()) for answer in run.answers] == [800, 800]
-    assert right_share(given, run.answers) > 0.05
+    assert 0.05 < right_share(given, run.answers) <= 1
+    for problem, answer in zip(given, run.answers, strict=True):
+        before_a_round = 320 - len(problem.prompt.split())
+        assert before_a_round > 50
+        expected = problem.answer.split()[:before_a_round]
+        assert answer.split()[:before_a_round] == expected
     assert seen == sorted(seen)
     assert seen[-1] == 1600
     assert 0 < run.peak_held < 2 * 800 // 32

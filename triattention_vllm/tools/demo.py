@@ -20,6 +20,7 @@ from triattention_vllm.tools.demo_display import Display, comparison
 from triattention_vllm.tools.load import Timeline, put_under_load
 from triattention_vllm.tools.reasoner import (
     CALIBRATION_TEXT,
+    LONGEST_PROMPT,
     MAX_MODEL_LEN,
     MODEL,
     problems,
@@ -31,7 +32,6 @@ BLOCK_SIZE = 32
 POOL_MEBIBYTES = 12
 SHORT_MAX_LEN = 2048
 LONG_MAX_LEN = MAX_MODEL_LEN
-_LONGEST_PROMPT = 320
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve with and without compression, show both, write the picture; 0 when all is done,
     130 when it was interrupted."""
-    longest = SHORT_MAX_LEN - _LONGEST_PROMPT
+    longest = SHORT_MAX_LEN - LONGEST_PROMPT
     if not (1 <= args.clients <= 16 and 1 <= args.answer_tokens <= longest):
         raise SettingsError(
             f"--clients is {args.clients} and --answer-tokens is {args.answer_tokens}; allowed are "

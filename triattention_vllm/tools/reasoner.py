@@ -12,6 +12,8 @@ from pathlib import Path
 MODEL = Path(__file__).parents[1] / "reasoner"
 CALIBRATION_TEXT = MODEL / "calibration.txt"
 MAX_MODEL_LEN = 8192
+LONGEST_PROMPT = 320
+"""No prompt of ``problems`` has more tokens."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,7 @@ class Problem:
 
 
 def problems() -> list[Problem]:
-    """Sixteen programs that the model was not trained on, the longest prompt below 320 words, and
-    1,728 words of each answer at least."""
+    """Sixteen programs that the model was not trained on; prompt and answer are 2,048 words."""
     lines = (MODEL / "problems.jsonl").read_text(encoding="utf-8").splitlines()
     return [Problem(**json.loads(line)) for line in lines]
 

@@ -10,7 +10,13 @@ from pathlib import Path
 
 from triattention_vllm.errors import SettingsError
 from triattention_vllm.tools.garage_page import write_page
-from triattention_vllm.tools.reasoner import CALIBRATION_TEXT, MAX_MODEL_LEN, MODEL, problems
+from triattention_vllm.tools.reasoner import (
+    CALIBRATION_TEXT,
+    LONGEST_PROMPT,
+    MAX_MODEL_LEN,
+    MODEL,
+    problems,
+)
 from triattention_vllm.tools.recording import read_recording, request_recording, requests_of
 from triattention_vllm.tools.terminal import console, say, table
 
@@ -28,8 +34,7 @@ _EXAMPLE_ARGUMENTS = (
     "--kv-compression-config.window=64",
     f"--kv-compression-config.calibration_text={CALIBRATION_TEXT}",
 )
-_MOST_TOKENS = MAX_MODEL_LEN - 320
-"""Room for the prompt."""
+_MOST_TOKENS = MAX_MODEL_LEN - LONGEST_PROMPT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
