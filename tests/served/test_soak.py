@@ -21,6 +21,7 @@ def test_a_short_soak_breaks_no_law_and_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + said
     report = json.loads(output.read_text(encoding="utf-8"))
     assert {"commit", "processor", "engine", "size"} <= set(report["conditions"])
+    assert report["conditions"]["engine"]["environment"]["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "16"
     totals = report["totals"]
     assert (totals["lost"], report["losses"], report["exit_code"]) == (0, [], 0)
     assert all(totals[result] > 0 for result in KINDS_OF_RESULT)
