@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import ceil
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, cast, get_args
 
 from triattention_vllm.description import Description
 from triattention_vllm.errors import SettingsError
-from triattention_vllm.method.policy import Policy, Protect
+from triattention_vllm.method.policy import Policy, Protect, Window
 from triattention_vllm.method.pressure import Pressure
 from triattention_vllm.score_settings import (
     LAYERS,
@@ -82,9 +83,15 @@ class Settings:
     interval: int = _described(
         128, Description("New tokens between two rounds.", (int,), unit="tokens", minimum=1)
     )
-    window: int = _described(
-        128,
-        Description("Most recent tokens, which a round never evicts.", (int,), unit="tokens"),
+    window: Window | int = _described(
+        "quarter",
+        Description(
+            "Most recent tokens, which a round never evicts: a quarter of what a request keeps, "
+            "at most half of the budget, or a number.",
+            (str, int),
+            unit="tokens",
+            choices=get_args(Window),
+        ),
     )
     protect: Protect | int = _described(
         "prompt",
@@ -185,11 +192,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, description in descriptions().items():
             description.refuse(name, vars(self)[name])
-        if self.budget < self.window + self.interval:
-            raise SettingsError(
-                f"budget {self.budget} is below window {self.window} + interval "
-                f"{self.interval}; set it to at least {self.window + self.interval} tokens."
-            )
+        self._refuse_small_budget()
         if self.method in NEED_ORDER and self.compaction != "repack":
             raise SettingsError(
                 f'compaction "{self.compaction}" does not keep tokens in order, as method '
@@ -213,6 +216,18 @@ class Settings:
                 "statistics and calibration_text are both set, but a text is only read where "
                 "no statistics file is given; leave one of them out."
             )
+
+    def _refuse_small_budget(self) -> None:
+        if isinstance(self.window, int):
+            window, least = self.window, self.window + self.interval
+        else:
+            window, least = self.budget // 4, (self.interval - 1) * 4 // 3 + 1
+        if self.budget >= window + self.interval:
+            return
+        raise SettingsError(
+            f"budget {self.budget} is below window {window} + interval {self.interval}; "
+            f"set it to at least {least} tokens."
+        )
 
     @property
     def needs_statistics(self) -> bool:
@@ -265,6 +280,11 @@ class Settings:
         )
 
     @property
+    def min_window(self) -> int:
+        """Smallest window of any request without a budget of its own, in tokens."""
+        return self.policy(block_size=1).min_window()
+
+    @property
     def pressure(self) -> Pressure | None:
         """The thresholds under which rounds run, or None where they always do."""
         thresholds = Pressure(start=self.pressure_start, stop=self.pressure_stop)
@@ -284,10 +304,10 @@ class Settings:
         policy = self.policy(block_size)
         if policy.min_survivors() <= 0:
             raise SettingsError(
-                f"budget {self.budget} leaves no candidate beside window {self.window} and up to "
-                f"{policy.max_protected_prefix()} protected tokens (protect={self.protect!r}) in "
-                f"blocks of {block_size}; set budget to {self._enough_budget(block_size)} or "
-                "more, or protect fewer tokens."
+                f"budget {self.budget} leaves no candidate beside window {policy.max_window()} "
+                f"and up to {policy.max_protected_prefix()} protected tokens "
+                f"(protect={self.protect!r}) in blocks of {block_size}; set budget to "
+                f"{self._enough_budget(block_size)} or more, or protect fewer tokens."
             )
 
     def check_files(self) -> None:
@@ -324,11 +344,17 @@ class Settings:
         return None if text is None else Path(text).expanduser()
 
     def _enough_budget(self, block_size: int) -> int:
-        """A budget that leaves candidates: ``B > W + P`` and three blocks for rounding, where
-        a protected prompt takes half of it."""
-        fixed = self.window + 3 * block_size
+        """A budget that leaves candidates: ``B >= W + P`` and three blocks for rounding, where
+        a protected prompt takes half of it and the window a number of tokens or a share."""
+        fixed = 3 * block_size
+        share = 0.0
+        if isinstance(self.window, int):
+            fixed += self.window
+        else:
+            share = 0.5 if self.protect == "all_prompt" else 0.25
         sinks = max(self.sink_tokens, self.protect if isinstance(self.protect, int) else 0)
-        return max(fixed + sinks, 2 * fixed if self.protect == "prompt" else 0)
+        enough = [fixed / (0.5 - share)] if self.protect == "prompt" else []
+        return ceil(max([(fixed + sinks) / (1 - share), *enough]))
 
 
 def descriptions() -> dict[str, Description]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 from triattention_vllm.config import OFF, Settings
 from triattention_vllm.errors import RequestError, SettingsError
 from triattention_vllm.method.policy import Policy
+from triattention_vllm.method.scorers import num_observed_queries
 
 PREFIX = "kv_"
 BUDGET_KEY = "kv_budget"
@@ -116,6 +117,13 @@ class Capacity:
             own.check_block_size(self.block_size)
         except SettingsError as error:
             raise RequestError(f"{BUDGET_KEY} cannot be served: {error}", BUDGET_KEY) from None
+        num_queries = num_observed_queries(settings.method)
+        if own.min_window < num_queries:
+            raise RequestError(
+                f"{BUDGET_KEY} {asked.budget} gives a window of {own.min_window} tokens, and "
+                f'method "{settings.method}" looks at the last {num_queries}; ask for more.',
+                BUDGET_KEY,
+            )
         most = min(self.most_tokens(settings), self.max_model_len)
         if asked.budget > max(most, settings.budget):
             raise RequestError(

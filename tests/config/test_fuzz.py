@@ -65,7 +65,7 @@ def test_any_json_gives_settings_or_a_sentence(mapping: dict[str, object]) -> No
     for name, value in mapping.items():
         kept = vars(chosen)[name]
         assert (type(kept), kept) == (type(value), value)
-    assert chosen.budget >= chosen.window + chosen.interval
+    assert chosen.budget >= chosen.min_window + chosen.interval
 
 
 @settings(max_examples=300, deadline=None)

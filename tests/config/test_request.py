@@ -58,6 +58,14 @@ def test_a_budget_that_no_request_may_have_is_refused(budget: int, message: str)
         POOL.check_budget(RequestSettings(budget=budget), SETTINGS)
 
 
+def test_a_budget_whose_window_is_shorter_than_what_the_method_looks_at_is_refused() -> None:
+    settings = Settings(method="h2o", budget=512, interval=32)
+    POOL.check_budget(RequestSettings(budget=128), settings)
+    with pytest.raises(RequestError, match='127 gives a window of 31 .*"h2o" looks at the last 32'):
+        POOL.check_budget(RequestSettings(budget=127), settings)
+    POOL.check_budget(RequestSettings(budget=127), replace(settings, method="tova"))
+
+
 def test_a_request_that_asks_for_nothing_has_the_servers_policy() -> None:
     server = SETTINGS.policy(32)
     others: dict[Any, object] = {"kv_transfer_params": {}, "kv_cache_report_mode": "full", 7: "x"}

@@ -22,10 +22,13 @@ REFUSED = [
     ({"budget": 2048.0}, r"budget is 2048.0 \(float\), allowed is a whole number of tokens"),
     ({"budget": True}, r"budget is True \(bool\), allowed is a whole number of tokens"),
     ({"protect": False}, r"protect is False \(bool\), allowed is \"prompt\" or \"all_prompt\""),
-    ({"window": None}, r"window is None \(NoneType\), allowed is a whole number of tokens"),
+    (
+        {"window": None},
+        r'window is None \(NoneType\), allowed is "quarter" or a whole number of tokens',
+    ),
     ({"budget": 0}, "budget is 0, allowed is a whole number of tokens, at least 1"),
     ({"interval": 0}, "interval is 0, allowed is a whole number of tokens, at least 1"),
-    ({"window": -1}, "window is -1, allowed is a whole number of tokens, at least 0"),
+    ({"window": -1}, 'window is -1, allowed is "quarter" or a whole number of tokens, at least 0'),
     ({"sink_tokens": -1}, "sink_tokens is -1, allowed is a whole number of tokens, at least 0"),
     ({"protect": "everything"}, "protect is 'everything', allowed is \"prompt\" or"),
     ({"protect": -3}, "protect is -3, allowed is .* a whole number of tokens, at least 0"),
@@ -55,7 +58,9 @@ REFUSED = [
     ({"max_request_budget": "all"}, r"max_request_budget is 'all' \(str\), allowed is a whole nu"),
     ({"statistics": 7}, r"statistics is 7 \(int\), allowed is a path"),
     ({"statistics": ""}, "statistics is '', allowed is a path"),
-    ({"budget": 255}, "budget 255 is below window 128 .* set it to at least 256 tokens"),
+    ({"budget": 169}, "budget 169 is below window 42 .* set it to at least 170 tokens"),
+    ({"budget": 255, "window": 128}, "budget 255 is below .* set it to at least 256 tokens"),
+    ({"window": "half"}, "window is 'half', allowed is \"quarter\" or a whole number of tokens"),
     ({"score_normalise": "off"}, 'score_normalise is \'off\', allowed is "heads" or "none"'),
     ({"score_offsets": "1, 2"}, r"'1, 2', allowed is .*\"short\" or numbers with commas between"),
     ({"score_offsets": [1, 2]}, r"score_offsets is \[1, 2\] \(list\), allowed is \"geometric\""),
@@ -91,10 +96,11 @@ def test_a_wrong_setting_is_refused_with_what_is_allowed(
     assert str(refused.value).endswith(".")
 
 
-def test_nothing_given_means_the_published_setting() -> None:
+def test_nothing_given_means_the_published_setting_with_a_longer_window() -> None:
     settings = Settings.from_mapping({})
     assert settings == Settings()
-    assert (settings.budget, settings.interval, settings.window) == (2048, 128, 128)
+    assert (settings.budget, settings.interval, settings.window) == (2048, 128, "quarter")
+    assert settings.min_window == 512
     assert (settings.protect, settings.sink_tokens) == ("prompt", 16)
     assert (settings.selection, settings.when) == ("per_head", "always")
     assert settings.statistics is None
@@ -145,8 +151,15 @@ def test_a_budget_above_max_model_len_is_refused() -> None:
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"budget": 256}, "budget 256 leaves no candidate beside window 128 and up to 128 prot"),
-        ({"protect": 1920}, "leaves no candidate .* set budget to 2096 or more, or protect fewer"),
+        (
+            {"budget": 100, "interval": 20},
+            "budget 100 leaves no candidate beside window 25 and up to 50 protected tokens",
+        ),
+        (
+            {"protect": 1920, "window": 128},
+            "leaves no candidate .* set budget to 2096 or more, or protect fewer",
+        ),
+        ({"protect": 1536}, "beside window 512 .* set budget to 2112 or more, or protect fewer"),
         ({"protect": "sinks", "sink_tokens": 4000}, "budget 2048 leaves no candidate .* 4000 pro"),
     ],
 )
@@ -159,12 +172,12 @@ def test_protected_tokens_that_leave_no_candidate_are_refused(
 
 @given(
     budget=st.integers(1, 3000),
-    window=st.integers(0, 300),
+    window=st.just("quarter") | st.integers(0, 300),
     protect=st.sampled_from(["prompt", "all_prompt", "sinks"]) | st.integers(0, 300),
     block_size=st.sampled_from([16, 32, 128]),
 )
 def test_settings_pass_exactly_when_every_round_keeps_a_candidate(
-    budget: int, window: int, protect: str | int, block_size: int
+    budget: int, window: str | int, protect: str | int, block_size: int
 ) -> None:
     mapping = {"budget": budget, "interval": 64, "window": window, "protect": protect}
     try:
@@ -177,7 +190,7 @@ def test_settings_pass_exactly_when_every_round_keeps_a_candidate(
             assert enough > budget
             Settings.from_mapping({**mapping, "budget": enough}).check_engine(10**6, block_size)
         else:
-            assert budget < window + 64
+            assert budget < (budget // 4 if isinstance(window, str) else window) + 64
         return
     assert settings.policy(block_size).min_survivors() > 0
 

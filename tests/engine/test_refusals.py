@@ -158,6 +158,11 @@ HIDDEN: dict[str, tuple[Callable[[VllmConfig], Any], dict[str, Any], str]] = {
         {"window": 7},
         "the last 8 before a round, .*; raise window from 7 to 8 or more",
     ),
+    "a quarter shorter than its queries": (
+        lambda config: config,
+        {"budget": 31, "interval": 8},
+        "the last 8 before a round, .*; raise window from 7 to 8 or more",
+    ),
 }
 
 

@@ -9,7 +9,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from triattention_vllm.errors import RoundError
-from triattention_vllm.method.policy import Policy, Protect, Round, ceil_to_block, floor_to_block
+from triattention_vllm.method.policy import (
+    Policy,
+    Protect,
+    Round,
+    Window,
+    ceil_to_block,
+    floor_to_block,
+)
 
 DEFAULT = Policy(
     budget=2048, interval=128, window=128, sink_tokens=16, protect="prompt", block_size=16
@@ -17,6 +24,8 @@ DEFAULT = Policy(
 
 NAMED: list[Protect] = ["prompt", "all_prompt", "sinks"]
 PROTECT: st.SearchStrategy[Protect | int] = st.one_of(st.sampled_from(NAMED), st.integers(0, 60))
+QUARTER: Window = "quarter"
+WINDOW: st.SearchStrategy[Window | int] = st.one_of(st.just(QUARTER), st.integers(0, 80))
 
 
 @st.composite
@@ -25,7 +34,7 @@ def policies(draw: st.DrawFn) -> Policy:
     policy = Policy(
         budget=draw(st.integers(1, 400)),
         interval=draw(st.integers(1, 70)),
-        window=draw(st.integers(0, 80)),
+        window=draw(WINDOW),
         sink_tokens=draw(st.integers(0, 20)),
         protect=draw(PROTECT),
         block_size=draw(st.sampled_from([1, 8, 16, 32, 17])),
@@ -132,8 +141,9 @@ def test_every_round_frees_whole_blocks_and_keeps_its_promises(
         # Candidates: neither the protected prefix nor the window, and a block-aligned end.
         assert due.first_candidate == prefix
         logical_end = due.end_candidate + due.num_evicted_before
-        assert logical_end == floor_to_block(boundary - policy.window, block_size)
-        assert logical_end <= boundary - policy.window
+        window = policy.request_window(num_prompt_tokens)
+        assert logical_end == floor_to_block(boundary - window, block_size)
+        assert logical_end <= boundary - window
         # Every candidate either survives or is evicted.
         num_candidates = due.end_candidate - due.first_candidate
         assert num_candidates == due.num_survivors + due.num_newly_evicted
@@ -172,11 +182,11 @@ def test_min_survivors_is_never_undercut_token_by_token(
 @given(
     budget=st.integers(40, 200),
     interval=st.integers(1, 40),
-    window=st.integers(0, 20),
+    window=st.just(QUARTER) | st.integers(0, 20),
     block_size=st.sampled_from([8, 16, 17]),
 )
 def test_min_survivors_is_reached_so_nothing_usable_is_refused(
-    budget: int, interval: int, window: int, block_size: int
+    budget: int, interval: int, window: Window | int, block_size: int
 ) -> None:
     """One late notice per possible number of intervals reaches the bound exactly."""
     policy = Policy(budget, interval, window, 4, "sinks", block_size)
@@ -274,6 +284,39 @@ def test_the_protected_prefix_is_within_what_start_up_reckons_with(
     on_top = policy.request_budget(num_prompt_tokens) - policy.budget
     assert policy.sink_tokens <= prefix
     assert prefix - on_top <= policy.max_protected_prefix()
+
+
+@pytest.mark.parametrize(
+    ("protect", "num_prompt_tokens", "window"),
+    [
+        ("prompt", 100, 512),
+        ("prompt", 100_000, 512),
+        ("sinks", 100, 512),
+        (1000, 100, 512),
+        ("all_prompt", 400, (2048 + 400) // 4),
+        ("all_prompt", 5, (2048 + 16) // 4),
+        ("all_prompt", 2048, 1024),
+        ("all_prompt", 100_000, 1024),
+    ],
+)
+def test_a_quarter_of_what_is_kept_is_the_window_and_at_most_half_of_the_budget(
+    protect: Protect | int, num_prompt_tokens: int, window: int
+) -> None:
+    policy = replace(DEFAULT, protect=protect, window="quarter")
+    assert policy.request_window(num_prompt_tokens) == window
+    due = policy.due_round(num_prompt_tokens + 4096, 0, num_prompt_tokens)
+    assert due is not None
+    assert due.nominal_boundary - window - 16 < due.end_candidate <= due.nominal_boundary - window
+
+
+@given(policies(), prompts)
+def test_every_window_is_between_the_smallest_and_the_largest(
+    policy: Policy, num_prompt_tokens: int
+) -> None:
+    window = policy.request_window(num_prompt_tokens)
+    assert policy.min_window() <= window <= policy.max_window()
+    assert policy.min_window() in {policy.request_window(length) for length in range(3)}
+    assert policy.max_window() == policy.request_window(10**6)
 
 
 def test_under_all_prompt_the_budget_counts_generated_tokens_only() -> None:

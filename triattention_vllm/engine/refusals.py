@@ -106,10 +106,10 @@ def _observation_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterat
     """A scorer that looks at queries runs where the host sees every query and its position."""
     method = f"method {settings.method!r} looks at queries"
     num_queries = OBSERVING_SCORERS[settings.method].num_queries
-    if settings.window < num_queries:
+    if settings.min_window < num_queries:
         yield (
             f"{method}, the last {num_queries} before a round, which have to be behind every "
-            f"candidate; raise window from {settings.window} to {num_queries} or more"
+            f"candidate; raise window from {settings.min_window} to {num_queries} or more"
         )
     graphs = vllm_config.compilation_config.cudagraph_mode
     if graphs.has_full_cudagraphs():

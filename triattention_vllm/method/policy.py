@@ -10,6 +10,7 @@ from typing import Literal
 from triattention_vllm.errors import RoundError
 
 Protect = Literal["prompt", "all_prompt", "sinks"]
+Window = Literal["quarter"]
 
 
 def floor_to_block(num_tokens: int, block_size: int) -> int:
@@ -49,11 +50,14 @@ class Round:
 
 @dataclass(frozen=True)
 class Policy:
-    """Budget ``B``, interval ``I`` and window ``W`` in tokens, for blocks of ``block_size``."""
+    """Budget ``B``, interval ``I`` and window ``W`` in tokens, for blocks of ``block_size``.
+
+    window: a quarter is one of all that a request keeps, and never more than half of ``budget``.
+    """
 
     budget: int
     interval: int
-    window: int
+    window: Window | int
     sink_tokens: int
     protect: Protect | int
     block_size: int
@@ -74,6 +78,13 @@ class Policy:
             return self.budget + max(num_prompt_tokens, self.sink_tokens)
         return self.budget
 
+    def request_window(self, num_prompt_tokens: int) -> int:
+        """``W`` of a request. Where a prompt is kept on top of the budget, the window grows with
+        it, and half of the budget remains for survivors however long the prompt is."""
+        if isinstance(self.window, int):
+            return self.window
+        return min(self.request_budget(num_prompt_tokens) // 4, self.budget // 2)
+
     def due_round(
         self, num_committed: int, num_evicted: int, num_prompt_tokens: int
     ) -> Round | None:
@@ -89,12 +100,13 @@ class Policy:
             return None
         boundary = num_committed - overdue % self.interval
         evicted_after = ceil_to_block(boundary - budget, self.block_size)
-        end_candidate = floor_to_block(boundary - self.window, self.block_size) - num_evicted
+        window = self.request_window(num_prompt_tokens)
+        end_candidate = floor_to_block(boundary - window, self.block_size) - num_evicted
         first_candidate = self.protected_prefix(num_prompt_tokens)
         num_survivors = end_candidate - first_candidate - (evicted_after - num_evicted)
         if num_survivors < 0:
             raise RoundError(
-                f"{first_candidate} protected tokens, a window of {self.window} and a budget of "
+                f"{first_candidate} protected tokens, a window of {window} and a budget of "
                 f"{budget} leave no room for survivors at {boundary} tokens; "
                 "Policy.min_survivors() must be positive: raise the budget or protect less"
             )
@@ -117,13 +129,23 @@ class Policy:
             return max(self.protect, self.sink_tokens)
         return self.sink_tokens
 
+    def min_window(self) -> int:
+        """Smallest ``W`` of any request."""
+        return self.request_window(0)
+
+    def max_window(self) -> int:
+        """Largest ``W`` of any request."""
+        if isinstance(self.window, int):
+            return self.window
+        return self.budget // (2 if self.protect == "all_prompt" else 4)
+
     def min_survivors(self) -> int:
         """Fewest survivors of any round of any request; must be positive (checked at start)."""
         extra = 0 if self.protect != "all_prompt" else self.block_size - 1
         fewest = None
         for num_intervals in range(1, self.block_size + 1):
             new = num_intervals * self.interval
-            region = floor_to_block(self.budget + new - self.window, self.block_size)
+            region = floor_to_block(self.budget + new - self.max_window(), self.block_size)
             survivors = region - ceil_to_block(new, self.block_size) - extra
             fewest = survivors if fewest is None else min(fewest, survivors)
         assert fewest is not None

@@ -12,3 +12,9 @@ OBSERVING_SCORERS: dict[str, type[ObservingScorer]] = {
     "h2o": H2OScorer,
     "tova": TOVAScorer,
 }
+
+
+def num_observed_queries(method: str) -> int:
+    """Last queries before a round that the method looks at; 0 for those that look at none."""
+    scorer = OBSERVING_SCORERS.get(method)
+    return 0 if scorer is None else scorer.num_queries

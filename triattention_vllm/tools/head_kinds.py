@@ -20,7 +20,7 @@ from triattention_vllm.method.statistics import Statistics
 
 LOCAL, RANGE, SINKS, NO_ROPE = "local", "range", "sinks", "no RoPE"
 LOCAL_REACH = 128
-"""Up to here a head is local: the default window, which is never evicted."""
+"""Up to here a head is local: what it looks at lies in the paper's window, mostly."""
 SINKS_REACH = 16384
 """From here on a head rates the first tokens of most texts nearly as if they were near."""
 
