@@ -57,7 +57,7 @@ def test_flags_that_are_refused_are_reported_with_the_reason(
     assert status == 1
     assert checks["plugin"]["status"] == "ok"
     assert checks["model and flags"]["status"] == "wrong"
-    assert "budget 100 is below window 128" in checks["model and flags"]["found"]
+    assert "budget 100 is below window 25" in checks["model and flags"]["found"]
 
 
 def test_a_plugin_that_vllm_leaves_out_is_found(
