@@ -87,8 +87,14 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
         "'ngram_gpu' has not been verified",
     ),
     "parallel drafting": (with_ngram(parallel_drafting=True), "parallel drafting"),
-    "EAGLE3": (with_ngram(method="eagle3"), "'eagle3' has not been verified"),
-    "MTP": (with_ngram(method="mtp"), "'mtp' has not been verified"),
+    "MTP of its own kind": (
+        with_ngram(
+            method="mtp",
+            draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type="gemma4_mtp")),
+        ),
+        "MTP layers with a drafter of their own",
+    ),
+    "Medusa": (with_ngram(method="medusa"), "'medusa' has not been verified"),
     "int4 KV": (
         with_cache(cache_dtype="int4_per_token_head"),
         "'int4_per_token_head' cannot be read",
@@ -210,7 +216,6 @@ def attention_layer(**changes: Any) -> Attention:
     return layer
 
 
-@pytest.mark.feature("KV sharing across layers", "refused")
 @pytest.mark.parametrize("case", LAYERS)
 def test_a_layer_that_cannot_be_compressed_is_named_with_its_reason(case: str) -> None:
     changes, reason = LAYERS[case]
@@ -251,6 +256,17 @@ def test_a_model_without_full_attention_is_refused() -> None:
 def test_an_alibi_model_is_refused_before_it_serves(model_folder: ModelFolder) -> None:
     with pytest.raises(ProcessError, match="ALiBi computes biases from token positions"):
         run_engine(model_folder("bloom"), [random_prompt(4, 0)], 2, {}, max_model_len=2500)
+
+
+@pytest.mark.feature("KV sharing across layers", "refused")
+def test_a_model_whose_layers_read_a_compressed_cache_of_others_is_refused(
+    model_folder: ModelFolder,
+) -> None:
+    """Regression: vLLM gives such a layer no cache of its own, so it was not looked at."""
+    with pytest.raises(
+        ProcessError, match=r"layers\.3\.\S+: it shares the KV cache of \S+layers\.1"
+    ):
+        run_engine(model_folder("gemma3n"), [random_prompt(4, 0)], 2, {}, max_model_len=2500)
 
 
 def test_a_missing_statistics_file_is_refused_before_it_serves(model_folder: ModelFolder) -> None:

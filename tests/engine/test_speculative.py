@@ -10,7 +10,13 @@ import pytest
 import torch
 from dense_reference import DenseReference, DenseRun
 from dense_replay import replay, steps_of
-from draft_models import write_eagle_head, write_near_copy, write_other_heads
+from draft_models import (
+    write_eagle3_head,
+    write_eagle_head,
+    write_mimo,
+    write_near_copy,
+    write_other_heads,
+)
 from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
 
 from triattention_vllm.config import Settings
@@ -28,6 +34,12 @@ NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 NUM_DRAFTS = 3
 LENGTHS = {50: 200, 20: 190, 90: 150}
 """Prompt length -> answer length of the requests that run together."""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What vLLM has EAGLE heads for; a MiMo model with its weights computes the same."""
+    return write_tiny_model(tmp_path_factory.mktemp("llama") / "model", architecture="llama")
 
 
 def speculate(folder: Path, text: str, config: dict[str, Any], **engine: Any) -> EngineRun:
@@ -163,11 +175,15 @@ def test_a_draft_with_heads_of_its_own_survives_preemption(
 
 
 @pytest.mark.feature("Speculative decoding", "works")
-def test_an_eagle_head_reads_its_own_compressed_cache(
-    reference: Callable[[Path], DenseReference], text: str, tmp_path: Path
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp"])
+def test_layers_that_draft_from_the_models_states_read_their_own_compressed_cache(
+    method: str, llama: Path, reference: Callable[[Path], DenseReference], text: str, tmp_path: Path
 ) -> None:
-    folder = write_tiny_model(tmp_path / "llama", architecture="llama")
-    head = write_eagle_head(tmp_path / "eagle", folder)
-    run = speculate(folder, text, {"method": "eagle", "model": str(head)})
-    assert min(accepted_and_rejected(run)) > 0
-    assert_equals_the_dense_reference(run, reference(folder))
+    if method == "mtp":
+        run = speculate(write_mimo(tmp_path / "mimo", llama), text, {"method": method})
+    else:
+        write = write_eagle_head if method == "eagle" else write_eagle3_head
+        head = write(tmp_path / method, llama)
+        run = speculate(llama, text, {"method": method, "model": str(head)})
+    assert min(accepted_and_rejected(run)) > 30
+    assert_equals_the_dense_reference(run, reference(llama))

@@ -32,8 +32,8 @@ NOTES = {
     "Tensor x pipeline parallel": "four ranks, multiprocess executor",
     "Data parallel": "each rank compresses for itself",
     "Ray executor": "use `--distributed-executor-backend mp`",
-    "Speculative decoding": "drafts and rejected tokens are never candidates; refused with vLLM "
-    "0.30 on a CPU, which fails at drafts by itself",
+    "Speculative decoding": "ngram, draft model, EAGLE, EAGLE3, MTP; drafts and rejected tokens "
+    "are never candidates; refused with vLLM 0.30 on a CPU, which fails at drafts by itself",
     "fp8 KV": "scored and moved as it is stored",
     "Sliding-window layers": "left as they are beside full-attention layers, which are compressed",
     "Linear-attention layers": "likewise; states and prefix hits are exact",

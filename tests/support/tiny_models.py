@@ -155,6 +155,21 @@ def qwen3_next_config() -> PretrainedConfig:
     )
 
 
+def gemma3n_config() -> PretrainedConfig:
+    """The last two layers read the caches of the first two, one of which has a window."""
+    return transformers.Gemma3nTextConfig(
+        **{**COMMON, "tie_word_embeddings": True, "pad_token_id": 257},
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=64,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        hidden_size_per_layer_input=16,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+
+
 def bloom_config() -> PretrainedConfig:
     """ALiBi: biases from token positions instead of a rotation."""
     return transformers.BloomConfig(
@@ -173,6 +188,7 @@ CONFIGS = {
     "gpt_neox": gpt_neox_config,
     "bloom": bloom_config,
     "gemma3": gemma3_config,
+    "gemma3n": gemma3n_config,
     "gpt_oss": gpt_oss_config,
     "smollm3": smollm3_config,
     "qwen3_next": qwen3_next_config,

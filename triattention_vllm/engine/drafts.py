@@ -10,7 +10,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from triattention_vllm.engine.rotary import attention_owners
 
-DRAFT_MODEL_METHODS = ("draft_model", "eagle")
+DRAFT_MODEL_METHODS = ("draft_model", "eagle", "eagle3", "mtp")
 """Speculative methods whose draft model has attention layers of its own."""
 
 SPECULATIVE_METHODS = ("ngram", *DRAFT_MODEL_METHODS)

@@ -1,6 +1,6 @@
 """What cannot run together with KV compression, refused at start with one sentence each."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 from vllm.config import SpeculativeConfig, VllmConfig
@@ -15,6 +15,10 @@ from triattention_vllm.engine.stored_kv import KV_DTYPES
 from triattention_vllm.errors import UnsupportedError
 from triattention_vllm.method.scorers import OBSERVING_SCORERS
 
+_OWN_DRAFTERS = ("gemma4_mtp", "step3p5_mtp")
+"""Draft configurations that vLLM does not run through the proposer of all other MTP layers: their
+layers lie in several KV-cache groups."""
+
 _READ_MODES = {get_kv_quant_mode(name) for name in KV_DTYPES}
 
 
@@ -27,7 +31,8 @@ def refuse_unsupported(vllm_config: VllmConfig, settings: Settings) -> None:
 def refuse_unsupported_layers(layers: Mapping[str, nn.Module]) -> None:
     """Raise ``UnsupportedError`` for layers that would be compressed and cannot be.
 
-    layers: name -> module of every layer that vLLM gives a plain full-attention cache.
+    layers: name -> module of every layer that vLLM gives a plain full-attention cache, and of
+    those that read one of these caches.
     """
     if not layers:
         raise UnsupportedError(
@@ -39,6 +44,16 @@ def refuse_unsupported_layers(layers: Mapping[str, nn.Module]) -> None:
         for name, layer in layers.items()
         for reason in _layer_refusals(layer)
     )
+
+
+def layers_sharing_a_cache(layers: Mapping[str, nn.Module], owners: Collection[str]) -> list[str]:
+    """Names of the layers that read the cache of one of ``owners`` instead of their own. vLLM
+    gives them no cache, so they are not among those that would be compressed."""
+    return [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, Attention) and layer.kv_sharing_target_layer_name in owners
+    ]
 
 
 def _raise_all(refusals: Iterator[str]) -> None:
@@ -98,6 +113,8 @@ def _speculation_refusals(config: SpeculativeConfig | None) -> Iterator[str]:
             f"speculative method {config.method!r} has not been verified with compression; "
             f"allowed: {SPECULATIVE_METHODS}"
         )
+    elif config.method == "mtp" and config.draft_model_config.hf_config.model_type in _OWN_DRAFTERS:
+        yield "MTP layers with a drafter of their own in vLLM have not been verified; turn it off"
     elif config.parallel_drafting:
         yield "parallel drafting has not been verified with compression; turn it off"
 

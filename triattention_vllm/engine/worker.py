@@ -26,7 +26,7 @@ from triattention_vllm.engine.finite_check import refuse_nan
 from triattention_vllm.engine.kv_manager import RoundPlan
 from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.null_heads import NullHeads
-from triattention_vllm.engine.refusals import refuse_unsupported_layers
+from triattention_vllm.engine.refusals import layers_sharing_a_cache, refuse_unsupported_layers
 from triattention_vllm.engine.round_time import RoundTime
 from triattention_vllm.engine.rounds import (
     DraftRounds,
@@ -80,7 +80,8 @@ class CompressionWorker(Worker):
         layers = self.vllm_config.compilation_config.static_forward_context
         self.drafts = draft_layer_names(self.vllm_config, self.get_model(), names)
         own = [name for name in names if name not in self.drafts]
-        refuse_unsupported_layers({name: layers[name] for name in own})
+        shared = layers_sharing_a_cache(layers, names)
+        refuse_unsupported_layers({name: layers[name] for name in [*own, *shared]})
         if self.drafts:
             refuse_unsupported_layers({name: layers[name] for name in sorted(self.drafts)})
         self.compressed_layers = own
