@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import pickle
 from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
@@ -196,11 +197,18 @@ def test_a_version_without_a_number_behaves_like_the_newest_known(
     assert versions.line_of_behaviour(versions.vllm_version()) == differences.LINE
 
 
-def test_a_version_whose_source_was_read_and_never_run_says_so() -> None:
+def test_a_version_whose_source_was_read_and_never_run_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     said = "this is 0.33.0, whose source has every seam that is needed but which has not been run"
     with pytest.raises(UnsupportedError, match=f"{said}; install one of those"):
         versions.require_verified("0.33.0", {})
+    assert not caplog.messages
     versions.require_verified("0.33.0", {"TRIATTENTION_ALLOW_UNTESTED_VLLM": "1"})
+    (warning,) = set(caplog.messages)
+    assert said in warning
+    assert "continuing because TRIATTENTION_ALLOW_UNTESTED_VLLM is set" in warning
 
 
 def test_a_seam_that_is_gone_is_named_with_the_version() -> None:
