@@ -172,7 +172,19 @@ HIDDEN: dict[str, tuple[Callable[[VllmConfig], Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", HIDDEN)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            marks=pytest.mark.skipif(
+                case == "speculation" and not CPU_BUILD_VERIFIES_DRAFTS,
+                reason="vLLM 0.30 on the CPU fails at drafts, so no method may have them",
+            ),
+        )
+        for case in HIDDEN
+    ],
+)
 def test_methods_that_look_at_queries_are_refused_where_they_cannot(
     case: str, config: VllmConfig
 ) -> None:
