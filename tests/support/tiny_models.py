@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
 from triattention_vllm.tools.tiny_model import concentrated_embeddings, write_tokenizer
@@ -217,8 +218,21 @@ def write_model(folder: str | Path, family: str, *, seed: int = 0) -> Path:
         if not config.tie_word_embeddings:
             model.get_output_embeddings().weight.copy_(lm_head)
     model.save_pretrained(folder)
+    if family == "gemma3n":
+        _add_unused_norms(folder)
     write_tokenizer(folder, config.vocab_size)
     return folder
+
+
+def _add_unused_norms(folder: Path) -> None:
+    """Key norms of the layers that read another layer's cache: published checkpoints have them,
+    vLLM 0.28 wants them, and transformers does not save them."""
+    weights = load_file(folder / "model.safetensors")
+    names = [name for name in weights if name.endswith("k_norm.weight")]
+    for name in names:
+        layer_idx = int(name.split(".")[-4])
+        weights[name.replace(f".{layer_idx}.", f".{layer_idx + 2}.")] = weights[name].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _gain(name: str) -> float:
