@@ -168,5 +168,6 @@ def test_calibration_equals_transformers_in_float64(
     assert 0.3 < float(made.concentration().mean()) < 1.0
 
 
-def test_every_rotating_family_of_the_support_models_is_calibrated() -> None:
-    assert set(QUERY_MODULES) == {"qwen3", *CONFIGS} - {"bloom"}, "bloom has no rotary embedding"
+def test_every_family_of_the_support_models_that_is_not_refused_is_calibrated() -> None:
+    never_compressed = {"bloom", "gemma3n"}  # no rotary embedding; layers that share a cache
+    assert set(QUERY_MODULES) == {"qwen3", *CONFIGS} - never_compressed
