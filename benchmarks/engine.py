@@ -160,14 +160,15 @@ def measure(sides: dict[str, SideProcess], size: Size, context: int, num_request
 def summary(slices: Sequence[Json]) -> Json:
     """Times in milliseconds. Two views of what rounds cost: ``round_ms`` is score, select and
     compact alone, timed inside the worker; ``extra_step_ms`` is what a step with rounds took above
-    the median step without, everything included."""
+    the median step without (with many requests every step may have one, and this is left out),
+    everything included."""
     seconds = [s * 1e3 for part in slices for s in part["seconds"]]
     rounds = [[s * 1e3 for s in step] for part in slices for step in part["rounds"]]
     plain = [step for step, own in zip(seconds, rounds, strict=True) if not own]
     with_rounds = [step for step, own in zip(seconds, rounds, strict=True) if own]
     each_round = [cost for own in rounds for cost in own]
     figures: Json = {
-        "step_ms": spread(plain),
+        "step_ms": spread(plain or seconds),
         "most_blocks_held": max(blocks for part in slices for blocks in part["held"]),
         "steps": len(seconds),
         "steps_with_rounds": len(with_rounds),
@@ -175,7 +176,8 @@ def summary(slices: Sequence[Json]) -> Json:
     }
     if each_round:
         figures["round_ms"] = spread(each_round)
-        figures["extra_step_ms"] = spread([step - median(plain) for step in with_rounds])
+        if plain:
+            figures["extra_step_ms"] = spread([step - median(plain) for step in with_rounds])
         figures["rounds_share_of_decode"] = sum(each_round) / sum(seconds)
     return figures
 

@@ -151,6 +151,18 @@ def test_a_round_through_scratch_memory_is_at_most_six_launches_and_nothing_else
     assert (seen.others, seen.num_copies) == ([], 4)
 
 
+@pytest.mark.parametrize("compaction", ["repack", "fill_holes"])
+def test_every_launch_of_a_round_has_been_compiled_in_the_warm_up(compaction: str) -> None:
+    """Regression: moves through scratch memory waited for a compiler while requests were served."""
+    for rounds in make_rounds(compaction, "per_head", scattered=False):
+        with recorded(*MODULES) as warm:
+            rounds.warm_up(0, Settings().policy(BLOCK_SIZE), num_blocks=1000)
+        with recorded(*MODULES) as served:
+            rounds.run(make_plans(3))
+            rounds.run(make_plans(1, moves_forward=False))
+        assert {launch.key for launch in served} <= {launch.key for launch in warm}
+
+
 def test_an_operation_on_the_device_would_be_seen() -> None:
     tensor = torch.empty(3, device="meta")
     with OnDevice() as seen:

@@ -71,20 +71,23 @@ class Rounds(ABC):
                 self.trace.record(batch, kept)
 
     def warm_up(self, group_id: int, policy: Policy, num_blocks: int) -> None:
-        """One round of the first blocks onto themselves, which no request may hold yet."""
+        """Rounds of the first blocks, which no request may hold yet: onto themselves, and onto one
+        another, whose tokens go through scratch memory by other code."""
         region = min(-(-(policy.budget + policy.interval) // policy.block_size), num_blocks - 1)
         blocks = tuple(range(1, region + 1))
-        plan = RoundPlan(
-            request_id="warm-up",
-            group_id=group_id,
-            nominal_boundary=policy.budget + policy.interval,
-            source_blocks=blocks,
-            first_candidate=0,
-            destination_blocks=blocks[: max(1, region - 1)],
-            row_start=0,
-            row_blocks=(),
-        )
-        self.run([plan])
+        num_kept = max(1, region - 1)
+        for destination in (blocks[:num_kept], blocks[-num_kept:]):
+            plan = RoundPlan(
+                request_id="warm-up",
+                group_id=group_id,
+                nominal_boundary=policy.budget + policy.interval,
+                source_blocks=blocks,
+                first_candidate=0,
+                destination_blocks=destination,
+                row_start=0,
+                row_blocks=(),
+            )
+            self.run_batch([in_kernel_blocks(plan, self.split)])
 
 
 def batches(plans: Sequence[RoundPlan], most_blocks: int) -> Iterator[Sequence[RoundPlan]]:

@@ -1,0 +1,96 @@
+"""What only a device can show: captured graphs, a host that never waits, launches as they ran."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from score_oracle import random_weights
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from triattention_kernels import PagedKV, RoundBatch, compact, fill_holes, score, select, shift_rows
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+BLOCK_SIZE, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 4, 8, 2, 64
+
+
+@pytest.fixture
+def uninitialised_memory_is_left_alone() -> None:
+    """Filling it would be launches of its own."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_round(uninitialised_memory_is_left_alone: None) -> Callable[[bool], None]:
+    """A round of 32 requests, in place or through scratch memory; it has run once before."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    size = (NUM_LAYERS, 32 * 10 + 1, BLOCK_SIZE, NUM_KV_HEADS, 2 * HEAD_DIM)
+    blocks = torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+    kv = PagedKV.from_blocks(blocks.transpose(2, 3))
+    weights = [own.cuda() for own in random_weights((32, NUM_LAYERS, NUM_HEADS, HEAD_DIM), 64)]
+    rows = torch.arange(1, 321).view(32, 10).pin_memory()
+
+    def run(in_place: bool) -> None:
+        source = rows.to("cuda", non_blocking=True)
+        destination = (source if in_place else source.roll(1, 0))[:, :6].contiguous()
+        batch = RoundBatch(source, destination, (10,) * 32, (6,) * 32, (3,) * 32, in_place)
+        scores = score(kv, batch, *weights, False, HEAD_DIM)
+        kept = select(scores, batch, BLOCK_SIZE, NUM_KV_HEADS, "per_head")
+        compact(kv, batch, fill_holes(kept, batch, BLOCK_SIZE) if in_place else kept)
+
+    for in_place in (True, False):
+        run(in_place)
+    torch.cuda.synchronize()
+    return run
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_round_waits_for_nothing_on_the_device(
+    in_place: bool, one_round: Callable[[bool], None]
+) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one_round(in_place)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_device_runs_six_kernels_of_ours_and_reads_pinned_memory_alone(
+    in_place: bool, one_round: Callable[[bool], None]
+) -> None:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        one_round(in_place)
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events()]
+    moves = ["fill_kernel", "compact_kernel"] if in_place else ["compact_kernel"] * 2
+    ours = ["score_kernel", "statistics_kernel", "ranking_kernel", "keep_kernel", *moves]
+    assert sorted(name for name in names if name in ours) == sorted(ours)
+    assert any("Memcpy HtoD" in name for name in names), names
+    assert not any("Pageable" in name for name in names), names
+
+
+def test_a_captured_shift_reads_the_rows_of_every_replay() -> None:
+    width = 40
+
+    def rows(num_null: int) -> tuple[Tensor, Tensor]:
+        table = torch.arange(1, 3 * width + 1, dtype=torch.int32).view(3, width)
+        table[:, :num_null] = 0
+        return table, torch.tensor([width * 16, width * 16 - 5, 1], dtype=torch.int32)
+
+    table, lengths = (own.cuda() for own in rows(0))
+    outputs = (torch.zeros_like(table), torch.zeros_like(lengths))
+    shift_rows(table, lengths, 16, *outputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        shift_rows(table, lengths, 16, *outputs)
+    for num_null in (0, 7, 39, 3):
+        for own, new in zip((table, lengths), rows(num_null), strict=True):
+            own.copy_(new)
+        for output in outputs:
+            output.fill_(-1)
+        graph.replay()
+        expected = [torch.full_like(output, -1).cpu() for output in outputs]
+        shift_rows(*rows(num_null), 16, *expected)
+        for output, wanted in zip(outputs, expected, strict=True):
+            assert torch.equal(output.cpu(), wanted)
