@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,20 +30,21 @@ class Side:
         self.block_size = core.scheduler.block_size
         self.request_ids: list[str] = []
         self.generated: dict[str, int] = {}
-        self.round_seconds: list[float] = []
+        self.generator = torch.Generator().manual_seed(0)
+        # Of the step that runs: how to read the seconds of each batch of rounds, and its size.
+        self.round_clocks: list[tuple[Callable[[], float], int]] = []
         if settings is not None:
             for rounds in core.model_executor.driver_worker.worker.rounds.values():
                 self._time_rounds(rounds)
 
     def _time_rounds(self, rounds: Any) -> None:
         """Note how long each round takes on the worker: score, select and compact."""
-        original = rounds.run_batch
+        original, on_gpu = rounds.run_batch, rounds.kv.keys.is_cuda
 
         def run_batch(plans: Any) -> Any:
-            start = time.perf_counter()
+            clock = _started_on_gpu() if on_gpu else _started()
             result = original(plans)
-            seconds = time.perf_counter() - start
-            self.round_seconds += [seconds / len(plans)] * len(plans)
+            self.round_clocks.append((clock(), len(plans)))
             return result
 
         rounds.run_batch = run_batch
@@ -66,21 +68,9 @@ class Side:
 
     def prefill(self, context: int, num_requests: int, answer_tokens: int) -> dict[str, Any]:
         """Add requests of ``context`` random tokens and step until each has its first token."""
-        from vllm import SamplingParams
-
         assert not self.engine.has_unfinished_requests()
-        params = SamplingParams(
-            max_tokens=answer_tokens, temperature=0.0, ignore_eos=True, detokenize=False
-        )
-        generator = torch.Generator().manual_seed(context * 100 + num_requests)
         start = time.perf_counter()
-        self.request_ids = []
-        for request_idx in range(num_requests):
-            prompt = torch.randint(0, 256, (context,), generator=generator).tolist()
-            request_id = f"{context}-{num_requests}-{request_idx}-{start}"
-            self.request_ids.append(
-                self.engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
-            )
+        self.request_ids = [self.add(context, answer_tokens) for _ in range(num_requests)]
         self.generated = {}
         most_held = 0
         while len(self.generated) < num_requests:
@@ -91,16 +81,29 @@ class Side:
     def decode(self, num_steps: int) -> dict[str, Any]:
         """Steps of one token per request. seconds, held: per step. rounds: seconds of every round
         of every step, a list per step."""
-        seconds, held, rounds = [], [], []
+        seconds, held, clocks = [], [], []
         for _ in range(num_steps):
-            self.round_seconds = []
+            self.round_clocks = []
             start = time.perf_counter()
             self._step()
             seconds.append(time.perf_counter() - start)
             held.append(self.num_held)
-            rounds.append(self.round_seconds)
+            clocks.append(self.round_clocks)
         assert len(self.generated) == len(self.request_ids)
+        rounds = [[read() / size for read, size in own for _ in range(size)] for own in clocks]
         return {"seconds": seconds, "held": held, "rounds": rounds}
+
+    def add(self, num_prompt: int, num_answer: int) -> str:
+        """A request of random tokens whose answer has exactly that length."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=num_answer, temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        prompt = torch.randint(0, 256, (num_prompt,), generator=self.generator).tolist()
+        request_id = f"{num_prompt} tokens at {time.perf_counter()}"
+        self.engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+        return request_id
 
     def finish(self) -> dict[str, Any]:
         """End all requests; the pool must be empty again."""
@@ -133,6 +136,33 @@ class Side:
     def _step(self) -> None:
         for output in self.engine.step():
             self.generated[output.request_id] = len(output.outputs[0].token_ids)
+
+
+def _started() -> Callable[[], Callable[[], float]]:
+    """A clock; calling it stops it and returns how to read its seconds."""
+    start = time.perf_counter()
+
+    def stop() -> Callable[[], float]:
+        seconds = time.perf_counter() - start
+        return lambda: seconds
+
+    return stop
+
+
+def _started_on_gpu() -> Callable[[], Callable[[], float]]:
+    """The same on the device, between what is launched now and at the stop; reading it waits."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+
+    def read() -> float:
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def stop() -> Callable[[], float]:
+        end.record()
+        return read
+
+    return stop
 
 
 def main() -> None:

@@ -1,31 +1,102 @@
 """One engine on the GPU, in a process of its own: ``benchmarks/engine_side.py``, with a refusal of
-compression as an answer, and with what vLLM has resolved.
+compression as an answer, with what vLLM has resolved, and with a backlog of requests.
 """
 
 import json
 import os
 import sys
+import time
 from typing import Any
 
 from engine_side import Side
 
 from triattention_vllm.errors import TriAttentionError
 
+Json = dict[str, Any]
 
-def resolved(side: Side) -> dict[str, Any]:
-    """Which of vLLM's ways to run a step this engine took."""
-    config = side.engine.vllm_config
-    layers = config.compilation_config.static_forward_context
-    backends = {layer.attn_backend.get_name() for layer in layers.values()}
-    return {
-        "model_runner_v2": config.use_v2_model_runner,
-        "compilation_mode": str(config.compilation_config.mode),
-        "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
-        "async_scheduling": config.scheduler_config.async_scheduling,
-        "prefix_caching": config.cache_config.enable_prefix_caching,
-        "attention_backends": sorted(backends),
-        "worker": config.parallel_config.worker_cls,
-    }
+
+class GpuSide(Side):
+    """Also serves more requests than fit."""
+
+    def __init__(self, model: str, arguments: Json, settings: Json | None) -> None:
+        super().__init__(model, arguments, settings)
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self.num_preemptions = 0
+        self.num_scheduled = 0
+        self._watch_schedule()
+
+    def _watch_schedule(self) -> None:
+        original = self.scheduler.schedule
+
+        def schedule(*args: Any) -> Any:
+            output = original(*args)
+            self.num_preemptions += len(output.preempted_req_ids or ())
+            self.num_scheduled = output.total_num_scheduled_tokens
+            return output
+
+        self.scheduler.schedule = schedule
+
+    def describe(self) -> Json:
+        """Which of vLLM's ways to run a step this engine took, too."""
+        config = self.engine.vllm_config
+        layers = config.compilation_config.static_forward_context
+        backends = {layer.attn_backend.get_name() for layer in layers.values()}
+        return super().describe() | {
+            "model_runner_v2": config.use_v2_model_runner,
+            "compilation_mode": str(config.compilation_config.mode),
+            "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "prefix_caching": config.cache_config.enable_prefix_caching,
+            "attention_backends": sorted(backends),
+            "worker": config.parallel_config.worker_cls,
+        }
+
+    def fill(
+        self, total: int, prompt: int, num_waiting: int, mean_held: int, seconds: float
+    ) -> Json:
+        """Begin as many requests as the pool holds when each of them holds ``mean_held`` tokens, at
+        lengths spread evenly from ``prompt`` to ``total``, and put ``num_waiting`` behind them.
+
+        Ends when each of the first has a token, or after ``seconds``.
+        """
+        pool_tokens = (self.pool.num_gpu_blocks - 1) * self.block_size
+        most = self.engine.vllm_config.scheduler_config.max_num_seqs
+        num_first = max(1, min(most, int(0.95 * pool_tokens / mean_held)))
+        spread = [
+            prompt + (total - prompt) * (2 * i + 1) // (2 * num_first) for i in range(num_first)
+        ]
+        began = time.perf_counter()
+        self.request_ids, self.generated = [], {}
+        for context in spread:
+            self.request_ids.append(self.add(context, total - context))
+        first = set(self.request_ids)
+        while not first <= self.generated.keys() and time.perf_counter() - began < seconds:
+            self._step()
+        for _ in range(num_waiting):
+            self.request_ids.append(self.add(prompt, total - prompt))
+        spent = time.perf_counter() - began
+        return {"first": num_first, "began": len(first & self.generated.keys()), "seconds": spent}
+
+    def serve(self, seconds: float) -> Json:
+        """Steps for so long; one list per figure with an entry per step.
+
+        scheduled: tokens that the step computed, more than the running requests where it prefilled.
+        """
+        preempted = self.num_preemptions
+        steps: dict[str, list[float]] = {
+            name: [] for name in ("seconds", "tokens", "scheduled", "running", "held")
+        }
+        before = sum(self.generated.values())
+        began = last = time.perf_counter()
+        while last - began < seconds and self.engine.has_unfinished_requests():
+            self._step()
+            now, generated = time.perf_counter(), sum(self.generated.values())
+            found = (now - last, generated - before, self.num_scheduled)
+            found += (len(self.scheduler.running), self.num_held)
+            for values, value in zip(steps.values(), found, strict=True):
+                values.append(value)
+            last, before = now, generated
+        return {**steps, "preemptions": self.num_preemptions - preempted}
 
 
 def main() -> None:
@@ -33,12 +104,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints must not mix with the answers
     try:
-        side = Side(**json.loads(sys.stdin.readline()))
+        side = GpuSide(**json.loads(sys.stdin.readline()))
     except TriAttentionError as error:
         answers.write(json.dumps({"refused": str(error)}) + "\n")
         return
-    calls = {"prefill": side.prefill, "decode": side.decode, "finish": side.finish}
-    answers.write(json.dumps(side.describe() | resolved(side)) + "\n")
+    names = ("prefill", "decode", "fill", "serve", "finish")
+    calls = {name: getattr(side, name) for name in names}
+    answers.write(json.dumps(side.describe()) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
         answers.write(json.dumps(calls[request.pop("call")](**request)) + "\n")

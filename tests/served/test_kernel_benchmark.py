@@ -364,104 +364,147 @@ def test_a_plain_clone_has_the_plugins_entry_point(stages: ModuleType, tmp_path:
 
 
 @pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu.cases")
+
+
+@pytest.fixture
+def sides(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu.sides")
+
+
+@pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("gpu.decode")
 
 
-def test_the_pools_of_two_engines_fit_beside_their_weights(decode: ModuleType) -> None:
-    assert decode.weight_bytes(36) / 2 == pytest.approx(8.19e9, rel=0.01)  # parameters
-    assert decode.token_bytes(36) == 147_456
-    large = decode.size_for(140 << 30, 36, 384)
-    assert decode.needed_tokens(decode.Load(32_768, 8), 384) * 147_456 <= large.pool_bytes
-    small = decode.size_for(80 << 30, 36, 384)
-    assert small.pool_bytes + decode.weight_bytes(36) < 40 << 30
+def test_the_pools_of_two_engines_fit_beside_their_weights(cases: ModuleType) -> None:
+    case = cases.all_cases(2048)["batches"]
+    assert case.shape.weight_bytes / 2 == pytest.approx(8.19e9, rel=0.01)  # parameters
+    assert case.shape.token_bytes == 147_456
+    large = cases.size_for(case, 140 << 30, 384)
+    assert cases.needed_tokens(cases.Load(32_768, 8), 384) * 147_456 <= large.pool_bytes
+    small = cases.size_for(case, 80 << 30, 384)
+    assert small.pool_bytes + case.shape.weight_bytes < 40 << 30
     assert small.max_model_len == 32_768 + 384 + 128
-    assert decode.size_for(56 << 30, 36, 384).max_model_len == 8192 + 384 + 128
-    assert decode.size_for(34 << 30, 12, 384).pool_bytes > 0
-    reason = decode.skipped_reason(decode.Load(32_768, 8), small, 0.0, 1e9)
-    assert reason is not None
-    assert "full attention needs" in reason
+    assert cases.size_for(case, 56 << 30, 384).max_model_len == 8192 + 384 + 128
     with pytest.raises(ValueError, match="give fewer with --layers"):
-        decode.size_for(24 << 30, 36, 384)
-    assert decode.size_for(40 << 30, 8, 384).pool_bytes > 0
+        cases.size_for(case, 24 << 30, 384)
+    fewer = cases.all_cases(2048, 8)["batches"]
+    assert cases.size_for(fewer, 40 << 30, 384).pool_bytes > 0
+
+
+def test_a_case_has_what_its_card_leaves(cases: ModuleType, decode: ModuleType) -> None:
+    """Full attention holds one long answer on a card of 24 GiB, and none with a larger model."""
+    every = cases.all_cases(3072)
+    sizes = {name: cases.size_for(case, 139 << 30, 384) for name, case in every.items()}
+    tokens = {name: size.pool_bytes / size.case.shape.token_bytes for name, size in sizes.items()}
+    assert 32_784 <= tokens["card24"] < 40_000
+    assert 8 * 32_768 <= tokens["card80"] < 13 * 32_768
+    assert 3072 + 128 + 2 * 2048 < tokens["large"] < 32_768
+    with pytest.raises(ValueError, match="a card of 80 GiB is asked for, and this one has 48"):
+        cases.size_for(every["card80"], 48 << 30, 384)
+    reason = decode.skipped_reason(
+        cases.Load(32_768, 8), cases.size_for(every["batches"], 80 << 30, 384), 0.0, 1e9
+    )
+    assert "full attention needs" in reason
 
 
 def test_a_start_that_fails_is_tried_in_the_next_way_and_kept(
-    decode: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sides: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    ways = list(decode.WAYS)
+    ways = list(sides.WAYS)
 
-    def start(stack: Any, name: str, request: Json, way: str, logs: Path) -> Json:
+    def start(stack: Any, name: str, request: Json, way: str, logs: Path, seconds: float) -> Json:
         if name == "compressed":
             return {"status": "refused", "way": way, "reason": "no worker"}
         status = "failed" if way == ways[0] else "started"
         return {"status": status, "way": way} | ({"side": 1} if status == "started" else {})
 
-    monkeypatch.setattr(decode, "start", start)
-    report: Json = {"starts": []}
-    assert decode.start_sides(None, {}, tmp_path, report) == {"full": 1}
-    found = [(start["name"], start["status"], start["way"]) for start in report["starts"]]
-    assert found == [
+    monkeypatch.setattr(sides, "start", start)
+    requests: Json = {"full": {}, "compressed": {}}
+    started, starts = sides.start_sides(None, requests, ways, tmp_path, 1.0)
+    assert started == {"full": 1}
+    assert [(found["name"], found["status"], found["way"]) for found in starts] == [
         ("full", "failed", ways[0]),
         ("full", "started", ways[1]),
         ("compressed", "refused", ways[1]),
     ]
 
 
+TINY_ARGUMENTS = {
+    "dtype": "float32",
+    "load_format": "auto",
+    "block_size": 32,
+    "max_num_batched_tokens": 512,
+    "disable_log_stats": True,
+}
+
+
 @pytest.fixture
-def tiny_request(decode: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Json:
-    """For ``decode.start``: an engine that the CPU build serves."""
+def tiny_folder(sides: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A model for engines that the CPU build serves."""
     from triattention_vllm.tools.tiny_model import write_tiny_model
 
     paths = [str(BENCHMARKS), str(ROOT), str(ROOT / "kernels")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    monkeypatch.setattr(decode, "RUNNER", {})  # the CPU build runs V1 only
-    model = write_tiny_model(tmp_path / "model", num_layers=2, hidden_size=128, head_dim=32)
-    arguments = {
-        "dtype": "float32",
-        "block_size": 32,
-        "kv_cache_memory_bytes": 8 << 20,
-        "max_model_len": 1024,
-        "max_num_batched_tokens": 512,
-        "disable_log_stats": True,
-    }
-    return {"model": str(model), "arguments": arguments}
+    monkeypatch.setattr(sides, "RUNNER", {})  # the CPU build runs V1 only
+    return write_tiny_model(tmp_path / "model", num_layers=2, hidden_size=128, head_dim=32)
 
 
-def test_two_engines_decode_in_turns(
-    decode: ModuleType, tiny_request: Json, tmp_path: Path
+def test_engines_decode_in_turns_and_serve_a_backlog(
+    cases: ModuleType, decode: ModuleType, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    compressed = {"method": "triattention", "budget": 256, "interval": 32, "window": 32}
-    size = decode.Size(num_layers=2, num_steps=64, pool_bytes=8 << 20)
-    with ExitStack() as stack:
-        sides = {}
-        for name, settings in (("full", None), ("compressed", compressed)):
-            request = tiny_request | {"settings": settings}
-            started = decode.start(stack, name, request, "eager", tmp_path)
-            assert started["status"] == "started", started
-            assert started["engine"]["worker"].endswith("CPUWorker")
-            assert started["engine"]["model_runner_v2"] is False
-            sides[name] = started["side"]
-        result = decode.measure(sides, size, decode.Load(512, 2))
+    """One case of each kind on the same two engines, and the pictures of what they found."""
+    settings = {"method": "triattention", "budget": 256, "interval": 32, "window": 32}
+    both = {
+        name: cases.Side(own, TINY_ARGUMENTS)
+        for name, own in (("full", None), ("compressed", settings))
+    }
+    backlog = cases.Backlog(total=900, prompt=64, num_waiting=8, seconds=4.0)
+    loads = (cases.Load(512, 2), cases.Load(32_768, 1))
+    shape = cases.Shape("tiny", 128, 512, 2, 4, 2, 32)
+    case = cases.Case(both, loads, backlog, shape, together=True, eager=True, max_num_seqs=16)
+    size = cases.Size(case, 64, pool_bytes=6 << 20)
+    report = decode.Report(tmp_path / "engine.json", {})
+    began = time.monotonic()
+    decode.run_case(size, tiny_folder, report, tmp_path, began, 900.0)
+    found = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
+    assert [started["status"] for started in found["starts"]] == ["started", "started"], found
+    assert decode.exit_code(found["starts"], case) == 0
+    assert found["starts"][0]["engine"]["worker"].endswith("CPUWorker")
+    (result,) = found["results"]
     assert result["compressed"]["rounds"] > 0
     assert result["compressed"]["most_blocks_held"] < result["full"]["most_blocks_held"]
     assert result["speedup"] > 0
-    assert "tokens/s" in decode.line_of(result)
+    (skipped,) = found["skipped"]
+    assert "full attention needs" in skipped["reason"]
+    full, compressed = found["backlogs"]["full"], found["backlogs"]["compressed"]
+    for own in (full, compressed):
+        assert own["steps"] > 10
+        assert own["tokens_per_s"] > 0
+        assert own["held_at_the_end"] == 0
+        assert len(own["moments"]["rows"]) > 5
+    assert compressed["most_running"] > full["filled"]["first"]
+    assert compressed["filled"]["first"] > full["filled"]["first"]
 
 
 def test_a_refusal_and_a_broken_start_are_told_apart(
-    decode: ModuleType, tiny_request: Json, tmp_path: Path
+    sides: ModuleType, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """As on CUDA while there is no worker for it."""
+    request = {"model": str(tiny_folder), "arguments": TINY_ARGUMENTS}
     with ExitStack() as stack:
-        refused = tiny_request | {"settings": {"budget": -1}}
-        found = decode.start(stack, "compressed", refused, "eager", tmp_path)
+        refused = request | {"settings": {"budget": -1}}
+        found = sides.start(stack, "compressed", refused, "eager", tmp_path, 300.0)
         assert found["status"] == "refused"
         assert "budget" in found["reason"]
-        broken = tiny_request | {"model": str(tmp_path / "gone"), "settings": None}
-        found = decode.start(stack, "full", broken, "eager", tmp_path)
+        broken = request | {"model": str(tmp_path / "gone"), "settings": None}
+        found = sides.start(stack, "full", broken, "eager", tmp_path, 300.0)
         assert found["status"] == "failed"
         assert found["log"]
