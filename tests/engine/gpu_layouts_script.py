@@ -110,7 +110,7 @@ def refusal(backend, kv_dtype: str) -> str:
 
 
 def refusals() -> dict[str, str]:
-    """fp8 of two kinds by every ROCm backend, and AITER's shuffled blocks."""
+    """fp8 of two kinds by every ROCm backend, and AITER's shuffled and interleaved blocks."""
     found = {}
     for member, path in BACKENDS.items():
         if member.name in ("ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_FA"):
@@ -127,6 +127,11 @@ def refusals() -> dict[str, str]:
     rocm_aiter_fa.rocm_aiter_ops, own = shuffles, rocm_aiter_fa.rocm_aiter_ops
     assert not own.is_shuffle_kv_cache_enabled()
     found["shuffled"] = refusal(rocm_aiter_fa.CompressedAiterBackend, "auto")
+    implementation = CompressedRocmBackend.get_impl_cls()
+    try:
+        implementation.set_interleaved_v_cache(implementation.__new__(implementation))
+    except UnsupportedError as error:
+        found["interleaved"] = str(error)
     return found
 
 

@@ -66,3 +66,4 @@ def test_layouts_of_rocm_that_cannot_be_read_are_refused(found: dict[str, dict[s
         "the shuffled KV cache of AITER mixes the tokens of a block; unset "
         "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT, or start without --kv-compression"
     )
+    assert "stores several tokens' values mixed; choose another" in refusals["interleaved"]

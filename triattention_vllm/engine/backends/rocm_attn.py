@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from triattention_vllm.engine.attention import ObservedQueries, ShiftedRows
 from triattention_vllm.engine.stored_kv import StoredKV, one_fp8_only
+from triattention_vllm.errors import UnsupportedError
 
 
 class CompressedRocmMetadataBuilder(ShiftedRows, RocmAttentionMetadataBuilder):
@@ -21,6 +22,13 @@ class CompressedRocmMetadataBuilder(ShiftedRows, RocmAttentionMetadataBuilder):
 
 class ObservedRocmImpl(ObservedQueries, RocmAttentionImpl):
     """The implementation; calibration may look at the queries of a plain run."""
+
+    def set_interleaved_v_cache(self) -> None:
+        """vLLM 0.33 calls this where a fused kernel of AITER writes the cache, before it does."""
+        raise UnsupportedError(
+            "the fused RoPE and KV cache writer of AITER stores several tokens' values mixed; "
+            "choose another --attention-backend, or start without --kv-compression"
+        )
 
 
 class CompressedRocmBackend(StoredKV, RocmAttentionBackend):
