@@ -2,10 +2,13 @@
 
     python benchmarks/gpu/run.py [--output FOLDER] [--minutes 9.5] [--only STAGE...]
 
-Stages, correctness first: ``tests`` (the kernel tests on real Triton), ``kernels`` (the kernel
-benchmark), ``engine`` (compressed against full attention). Each runs in processes of its own with a
-time limit, and writes what it has as it goes; one that fails stops nothing. Needs torch, triton and
-pytest, and for ``engine`` vLLM, in the environment of this Python or in the folder ``--site``.
+Without ``--only``, correctness first: ``tests`` (the kernel tests on real Triton), ``dense`` (a
+compressed engine against a float64 reference), ``kernels`` (the kernel benchmark), ``engine``
+(compressed against full attention). Further stages, each of which takes the time for itself:
+``sanitizer`` and the other cases of ``decode.py``. Each stage runs in processes of its own with a
+time limit, and writes what it has as it goes; one that fails stops nothing. Needs torch, triton,
+pytest, pytest-timeout and hypothesis, a C compiler for Triton, and for engines vLLM, in the
+environment of this Python or in the folder ``--site``.
 """
 
 import argparse
@@ -62,25 +65,72 @@ def kernels_command(folder: Path, seconds: float) -> list[str]:
     return ["benchmarks/kernels.py", *output]
 
 
-def engine_command(folder: Path, seconds: float) -> list[str]:
-    """Loads begin until a fifth of the time is left."""
-    output = ["--output", str(folder / "engine.json"), "--seconds", str(0.8 * seconds)]
-    return ["benchmarks/gpu/decode.py", *output]
+def dense_command(folder: Path, seconds: float) -> list[str]:
+    """The second engine has half of what the first has left."""
+    output = ["--output", str(folder / "dense.json"), "--seconds", str(0.9 * seconds)]
+    return ["benchmarks/gpu/dense.py", *output]
+
+
+def sanitizer_command(folder: Path, seconds: float) -> list[str]:
+    """Every access of the kernels is checked, so this is slow: a part of the tests, without the far
+    addresses and long rows.
+    """
+    own = ["tests/kernels/test_compact_triton.py", "tests/kernels/test_shift_triton.py"]
+    own += ["tests/kernels/test_score_triton.py", "tests/kernels/test_select_triton.py"]
+    own += ["tests/kernels/test_quantised.py", "tests/kernels/test_fill_holes.py"]
+    chosen = ["-k", "layout or by_hand or odd or group or scales or place or requests_of"]
+    return [
+        *("-c", RUN_PROGRAM, "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
+        *("--target-processes", "all", sys.executable, "-m", "pytest", "-q"),
+        *("-p", "no:cacheprovider", *own, *chosen),
+    ]
+
+
+# Stages are run by this Python; what is no Python program takes its place.
+RUN_PROGRAM = """
+import os, sys
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation that is checked
+try:
+    os.execvp(sys.argv[1], sys.argv[1:])
+except FileNotFoundError:
+    print(f"{sys.argv[1]} is not on the path")
+    raise SystemExit(2)
+"""
+
+
+def case_command(case: str) -> Callable[[Path, float], list[str]]:
+    """A case of ``decode.py``: loads begin until a fifth of the time is left."""
+
+    def command(folder: Path, seconds: float) -> list[str]:
+        output = ["--output", str(folder / f"{case}.json"), "--seconds", str(0.8 * seconds)]
+        return ["benchmarks/gpu/decode.py", "--case", case, *output]
+
+    return command
 
 
 NOT_RUN = "not run: its last line says why"
+WRONG = {0: "passed", 1: "wrong results", 2: NOT_RUN}
+ENGINES = {0: "passed", 2: NOT_RUN, 3: "refused"}
 STAGES = (
     Stage("tests", tests_command, 3, None, {0: "passed"}),
-    Stage(
-        "kernels", kernels_command, 2, "kernels.json", {0: "passed", 1: "wrong results", 2: NOT_RUN}
+    Stage("dense", dense_command, 2, "dense.json", WRONG),
+    Stage("kernels", kernels_command, 2, "kernels.json", WRONG),
+    Stage("engine", case_command("batches"), 4, "batches.json", ENGINES),
+)
+SANITIZER = {0: "passed", 2: NOT_RUN, 9: "found errors"}
+FURTHER_STAGES = (
+    Stage("sanitizer", sanitizer_command, 1, None, SANITIZER),
+    *(
+        Stage(name, case_command(name), 1, f"{name}.json", ENGINES)
+        for name in ("fp8", "card24", "card80", "large", "peers", "caches")
     ),
-    Stage("engine", engine_command, 4, "engine.json", {0: "passed", 2: NOT_RUN, 3: "refused"}),
 )
 
 
 def environment(folder: Path, site: Path | None) -> dict[str, str]:
     """The clone and ``site`` on the path, with our entry point where it is not installed."""
-    paths = [ROOT, ROOT / "kernels", ROOT / "benchmarks", *([site] if site else [])]
+    own = (ROOT, ROOT / "kernels", ROOT / "benchmarks", ROOT / "tests" / "support")
+    paths = [*own, *([site] if site else [])]
     found = entry_points(group=GROUP)
     if not any(entry.name == "triattention_vllm" for entry in found):
         paths.append(write_entry_point(folder / "metadata"))
@@ -219,14 +269,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / ".cache" / "gpu" / "results")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything together")
-    parser.add_argument("--only", nargs="+", choices=[stage.name for stage in STAGES])
+    every = (*STAGES, *FURTHER_STAGES)
+    parser.add_argument("--only", nargs="+", choices=[stage.name for stage in every])
     parser.add_argument("--site", type=Path, help="where parts.py has unpacked vLLM")
-    parser.add_argument("--layers", type=int, default=36, help="of the engine's model")
+    parser.add_argument("--layers", type=int, help="of the engines' model; default: its own")
+    parser.add_argument("--budget", type=int, default=2048, help="of the engines with compression")
     parser.add_argument("--commit", help="what is measured, where this is not a git clone")
     args = parser.parse_args()
     commit = ["--commit", args.commit] if args.commit else []
-    options = {"kernels": commit, "engine": ["--layers", str(args.layers), *commit]}
-    stages = tuple(stage for stage in STAGES if not args.only or stage.name in args.only)
+    engines = ["--budget", str(args.budget), *commit]
+    engines += ["--layers", str(args.layers)] if args.layers else []
+    options = {"kernels": commit, "dense": commit, "engine": engines}
+    options |= {stage.name: engines for stage in FURTHER_STAGES if stage.result}
+    chosen = args.only or [stage.name for stage in STAGES]
+    stages = tuple(stage for stage in every if stage.name in chosen)
     summary = run(stages, args.output, args.minutes, args.site, options)
     print(table_of(summary))
     print(f"results are in {args.output}")

@@ -4,7 +4,7 @@ The reference replays each life of each observed request with the engine's own s
 prefix hits, preemptions and steps that were scheduled ahead are judged alike.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,8 @@ class Judge:
     """statistics: or, of a method that has none, the scores of a request's life. settings: without
     a calibration text. num_stages: of pipeline parallelism. masked: a grammar
     had taken tokens out before the engine normalised, so that only differences between
-    log-probabilities are the model's own."""
+    log-probabilities are the model's own. tolerance: of the choice of survivors, as in ``replay``.
+    """
 
     dense: DenseReference
     statistics: Statistics | Callable[[Life], RawScores]
@@ -32,6 +33,7 @@ class Judge:
     block_size: int
     masked: bool = False
     num_stages: int = 1
+    tolerance: float = 1e-4
 
     def check(self, requests: Iterable[Observed]) -> int:
         """Every log-probability of every request; returns how many were compared."""
@@ -40,8 +42,22 @@ class Judge:
     def check_one(self, request: Observed) -> int:
         """Raises AssertionError where the engine's log-probability is not the reference's, or a
         round kept what is no best choice."""
+        return sum(self.compare(request, *answer) for answer in self.answers(request))
+
+    def largest_error(self, request: Observed) -> float:
+        """Largest difference of a log-probability, for an engine that rounds more than float32.
+
+        Raises AssertionError where a round kept what is no best choice to ``tolerance``.
+        """
+        return max(
+            abs(float(result.logprobs[position - 1, token]) - value)
+            for logprobs, result, position in self.answers(request)
+            for token, value in logprobs.items()
+        )
+
+    def answers(self, request: Observed) -> Iterator[tuple[dict[int, float], Replay, int]]:
+        """The log-probabilities of each position, and the replay of the life that they are of."""
         replays = [self.replay(request, life) for life in request.lives]
-        num_compared = 0
         for idx, logprobs in enumerate(request.logprobs):
             position = request.num_prompt + idx
             of_life = [
@@ -50,10 +66,9 @@ class Judge:
                 if any(step.sampled and step.end == position for step in life.steps)
             ]
             assert of_life, f"no step of {request.request_id} chose the token at {position}"
-            num_compared += self.compare(request, logprobs, of_life[-1], position)
+            yield logprobs, of_life[-1], position
         for position, logprobs in request.prompt_logprobs.items():
-            num_compared += self.compare(request, logprobs, replays[0], position)
-        return num_compared
+            yield logprobs, replays[0], position
 
     def replay(self, request: Observed, life: Life) -> Replay:
         """The reference over one life; what came from the prefix cache had seen everything."""
@@ -73,6 +88,7 @@ class Judge:
             steps=steps,
             kept_log=[joined(kept, self.num_stages) for kept in life.kept[:num_rounds]],
             num_stages=self.num_stages,
+            tolerance=self.tolerance,
         )
 
     def compare(

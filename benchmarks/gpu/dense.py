@@ -1,0 +1,239 @@
+"""A compressed engine on this device against a float64 reference; a part of ``run.py``.
+
+    python benchmarks/gpu/dense.py --output FILE [--seconds 120]
+
+A small dense model in two engines, one after the other, as in ``decode.py``: model runner V2, full
+CUDA graphs, async scheduling, prefix caching. Checks: the same tokens below the trigger; more than
+ten rounds of each request, whose survivors are the best by the reference's scores, and
+log-probabilities that err no more than full attention's; no call that waits for the device beside
+those of full attention; at most six kernels a round.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from dense_judge import Judge
+from dense_reference import DenseReference
+from gpu.checks import Check
+from gpu.report import conditions
+from gpu.sides import WAYS, engine_environment, last_lines
+from observed_engine import Observed, Observer, start_engine, statistics_file
+from triattention_kernels import compact_triton, fill_holes_triton, score_triton, select_triton
+
+from triattention_vllm.config import Settings
+from triattention_vllm.method.statistics import Statistics
+from triattention_vllm.tools.tiny_model import write_tiny_model
+
+Json = dict[str, Any]
+SETTINGS = {"budget": 128, "interval": 32, "window": 16}
+PROMPTS = (50, 70, 90)
+SHORT, LONG = 40, 480
+WATCHED_STEPS = 96
+# bfloat16 errors of two engines, each the largest of some ten thousand.
+ERROR_MARGIN, TOLERANCE = 1.5, 0.1
+OURS = {
+    name
+    for module in (compact_triton, fill_holes_triton, score_triton, select_triton)
+    for name in vars(module)
+    if name.endswith("_kernel")
+}
+
+
+def prompts() -> list[list[int]]:
+    """Random tokens that every tiny model has."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in PROMPTS]
+
+
+def observe(model: str, compressed: bool, way: str, output: Path, length: int) -> None:
+    """Runs in the engine's process: write what it did."""
+    arguments: Json = {"enforce_eager": False, "dtype": "bfloat16", "max_model_len": 2048}
+    on_gpu = torch.cuda.is_available()
+    arguments |= {"block_size": 16} if on_gpu else {}
+    settings = SETTINGS if compressed else None
+    llm = start_engine(model, settings, **(arguments | WAYS[way]))
+    observer = Observer(llm)
+    found: Json = {"block_size": observer.block_size}
+    found["statistics"] = statistics_file(llm) if compressed else None
+    for name, num_tokens in (("short", SHORT), ("long", length)):
+        generate(llm, num_tokens)
+        found[name] = observer.take()
+    if on_gpu:
+        found |= waits_and_kernels(llm)
+    found["held"] = observer.num_held
+    torch.save(found, output)
+
+
+def generate(llm: Any, num_tokens: int) -> None:
+    """All prompts at once, greedily."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=num_tokens, temperature=0.0, ignore_eos=True, logprobs=20, detokenize=False
+    )
+    llm.generate([{"prompt_token_ids": p} for p in prompts()], params, use_tqdm=False)
+
+
+def waits_and_kernels(llm: Any) -> Json:
+    """Where steps waited for the device, by torch's own account, and how many kernels of ours ran;
+    three intervals of each.
+    """
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    params = SamplingParams(max_tokens=1000, temperature=0.0, ignore_eos=True, detokenize=False)
+    engine.add_request("watched", {"prompt_token_ids": prompts()[0]}, params)
+    for _ in range(4 * WATCHED_STEPS):
+        engine.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(WATCHED_STEPS):
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = Counter(
+        f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)
+    )
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as seen:
+        for _ in range(WATCHED_STEPS):
+            engine.step()
+        torch.cuda.synchronize()
+    engine.abort_request(["watched"])
+    kernels = Counter(event.name for event in seen.events() if event.name in OURS)
+    return {"waits": dict(waits), "kernels": dict(kernels)}
+
+
+def started(side: str, folder: Path, output: Path, way: str, seconds: float, length: int) -> Json:
+    """One engine's process to its end: ``passed`` with what it saw, or its last words."""
+    log = output.parent / f"dense-{side}.log"
+    result = folder / f"{side}.pt"
+    command = [sys.executable, __file__, "--side", side, "--model", str(folder), "--way", way]
+    command += ["--output", str(result), "--length", str(length)]
+    with log.open("a", encoding="utf-8") as messages:
+        try:
+            code: int | str = subprocess.run(
+                command,
+                env=engine_environment(folder / "statistics"),
+                stdout=messages,
+                stderr=subprocess.STDOUT,
+                timeout=max(seconds, 1.0),
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = f"none within {seconds:.0f} s"
+    if code != 0:
+        return {"side": side, "way": way, "exit": code, "log": last_lines(log)}
+    found: Json = torch.load(result, map_location="cpu", weights_only=False)
+    return {"side": side, "way": way, "exit": code, "found": found}
+
+
+def judged(folder: Path, full: Json, compressed: Json) -> list[Check]:
+    """What two engines did, against one another and the reference."""
+    dense = DenseReference(folder, rounded_to=torch.bfloat16)
+    judge = Judge(
+        dense,
+        Statistics.load(compressed["statistics"]),
+        Settings(**SETTINGS),
+        compressed["block_size"],
+        tolerance=TOLERANCE,
+    )
+    pairs = list(zip(full["short"], compressed["short"], strict=True))
+    same = all(a.token_ids == b.token_ids and a.logprobs == b.logprobs for a, b in pairs)
+    checks = [Check("below the trigger", same, "identical" if same else "other tokens or numbers")]
+    rounding = max(error_of_full(dense, request) for request in full["long"])
+    rounds = [request.num_rounds for request in compressed["long"]]
+    try:
+        error = max(judge.largest_error(request) for request in compressed["long"])
+    except AssertionError as error_:
+        checks.append(Check("rounds", False, str(error_)))
+    else:
+        words = f"{rounds} rounds, error {error:.3g}, full attention's {rounding:.3g}"
+        checks.append(Check("rounds", error <= ERROR_MARGIN * rounding and min(rounds) > 0, words))
+    held = [side["held"] for side in (full, compressed)]
+    checks.append(Check("blocks", held == [0, 0], f"{held} held at the end"))
+    if "waits" in compressed:
+        more = Counter(compressed["waits"]) - Counter(full["waits"])
+        words = f"beside full attention's: {dict(more)}" if more else "none of its own"
+        checks.append(Check("waiting for the device", not more, words))
+        kernels = compressed["kernels"]
+        num_batches = max(1, kernels.get("score_kernel", 0))
+        each = sum(kernels.values()) / num_batches
+        enough = 0 < each <= 6 and "score_kernel" in kernels
+        checks.append(Check("kernels", enough, f"{each:.1f} a round, {num_batches} rounds"))
+    return checks
+
+
+def error_of_full(dense: DenseReference, request: Observed) -> float:
+    """Largest error of a log-probability, without any round."""
+    exact = dense.logprobs(request.token_ids[:-1])
+    return max(
+        abs(float(exact[request.num_prompt - 1 + i, token]) - value)
+        for i, position in enumerate(request.logprobs)
+        for token, value in position.items()
+    )
+
+
+def run(output: Path, seconds: float, commit: str | None, length: int, ways: list[str]) -> Json:
+    """Both engines in the first way that works, then the checks; written as far as it is."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report: Json = {"conditions": conditions(device, commit), "starts": [], "checks": []}
+    until = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_tiny_model(Path(name), dtype="bfloat16", num_layers=2)
+        found: Json = {}
+        for side in ("full", "compressed"):
+            for way in ways:
+                limit = 0.5 * (until - time.monotonic())
+                start = started(side, folder, output, way, limit, length)
+                if "found" in start:
+                    found[side] = start.pop("found")
+                    ways = [way]
+                report["starts"].append(start)
+                output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                if side in found:
+                    break
+        if len(found) == 2:
+            checks = judged(folder, found["full"], found["compressed"])
+            report["checks"] = [asdict(check) for check in checks]
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def main() -> None:
+    """Parse the command line and run. Ends with 1 where a check failed, 2 where none was made."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--length", type=int, default=LONG, help="tokens of an answer")
+    parser.add_argument("--commit", help="what is checked, where this is not a git clone")
+    parser.add_argument("--side", choices=("full", "compressed"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        observe(args.model, args.side == "compressed", args.way, args.output, args.length)
+        return
+    report = run(args.output, args.seconds, args.commit, args.length, list(WAYS))
+    for start in report["starts"]:
+        if start["exit"] != 0:
+            print(f"{start['side']} ({start['way']}) ended with {start['exit']}; see its log")
+    for check in report["checks"]:
+        print(f"{'ok   ' if check['passed'] else 'WRONG'} {check['name']}: {check['found']}")
+    checks = report["checks"]
+    raise SystemExit(2 if not checks else 0 if all(check["passed"] for check in checks) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The engines of the GPU package and their pictures, as far as they run without a GPU."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from fresh_process import run_fresh
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = BENCHMARKS.parent
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def cases(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu.cases")
+
+
+@pytest.fixture
+def sides(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu.sides")
+
+
+@pytest.fixture
+def decode(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("gpu.decode")
+
+
+def test_the_pools_of_two_engines_fit_beside_their_weights(cases: ModuleType) -> None:
+    case = cases.all_cases(2048)["batches"]
+    assert case.shape.weight_bytes / 2 == pytest.approx(8.19e9, rel=0.01)  # parameters
+    assert case.shape.token_bytes == 147_456
+    large = cases.size_for(case, 140 << 30, 384)
+    assert cases.needed_tokens(cases.Load(32_768, 8), 384) * 147_456 <= large.pool_bytes
+    small = cases.size_for(case, 80 << 30, 384)
+    assert small.pool_bytes + case.shape.weight_bytes < 40 << 30
+    assert small.max_model_len == 32_768 + 384 + 128
+    assert cases.size_for(case, 56 << 30, 384).max_model_len == 8192 + 384 + 128
+    with pytest.raises(ValueError, match="give fewer with --layers"):
+        cases.size_for(case, 24 << 30, 384)
+    fewer = cases.all_cases(2048, 8)["batches"]
+    assert cases.size_for(fewer, 40 << 30, 384).pool_bytes > 0
+
+
+def test_a_case_has_what_its_card_leaves(cases: ModuleType, decode: ModuleType) -> None:
+    """Full attention holds one long answer on a card of 24 GiB, and none with a larger model."""
+    every = cases.all_cases(3072)
+    sizes = {name: cases.size_for(case, 139 << 30, 384) for name, case in every.items()}
+    tokens = {name: size.pool_bytes / size.case.shape.token_bytes for name, size in sizes.items()}
+    assert 32_784 <= tokens["card24"] < 40_000
+    assert 8 * 32_768 <= tokens["card80"] < 13 * 32_768
+    assert 3072 + 128 + 2 * 2048 < tokens["large"] < 32_768
+    with pytest.raises(ValueError, match="a card of 80 GiB is asked for, and this one has 48"):
+        cases.size_for(every["card80"], 48 << 30, 384)
+    reason = decode.skipped_reason(
+        cases.Load(32_768, 8), cases.size_for(every["batches"], 80 << 30, 384), 0.0, 1e9
+    )
+    assert "full attention needs" in reason
+
+
+def test_a_start_that_fails_is_tried_in_the_next_way_and_kept(
+    sides: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ways = list(sides.WAYS)
+
+    def start(stack: Any, name: str, request: Json, way: str, logs: Path, seconds: float) -> Json:
+        if name == "compressed":
+            return {"status": "refused", "way": way, "reason": "no worker"}
+        status = "failed" if way == ways[0] else "started"
+        return {"status": status, "way": way} | ({"side": 1} if status == "started" else {})
+
+    monkeypatch.setattr(sides, "start", start)
+    requests: Json = {"full": {}, "compressed": {}}
+    started, starts = sides.start_sides(None, requests, ways, tmp_path, 1.0)
+    assert started == {"full": 1}
+    assert [(found["name"], found["status"], found["way"]) for found in starts] == [
+        ("full", "failed", ways[0]),
+        ("full", "started", ways[1]),
+        ("compressed", "refused", ways[1]),
+    ]
+
+
+TINY_ARGUMENTS = {
+    "dtype": "float32",
+    "load_format": "auto",
+    "block_size": 32,
+    "max_num_batched_tokens": 512,
+    "disable_log_stats": True,
+}
+
+
+@pytest.fixture
+def tiny_folder(sides: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A model for engines that the CPU build serves."""
+    from triattention_vllm.tools.tiny_model import write_tiny_model
+
+    paths = [str(BENCHMARKS), str(ROOT), str(ROOT / "kernels")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setattr(sides, "RUNNER", {})  # the CPU build runs V1 only
+    return write_tiny_model(tmp_path / "model", num_layers=2, hidden_size=128, head_dim=32)
+
+
+def test_engines_decode_in_turns_and_serve_a_backlog(
+    cases: ModuleType, decode: ModuleType, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """One case of each kind on the same two engines, and the pictures of what they found."""
+    settings = {"method": "triattention", "budget": 256, "interval": 32, "window": 32}
+    both = {
+        name: cases.Side(own, TINY_ARGUMENTS)
+        for name, own in (("full", None), ("compressed", settings))
+    }
+    backlog = cases.Backlog(total=900, prompt=64, num_waiting=8, seconds=4.0)
+    loads = (cases.Load(512, 2), cases.Load(32_768, 1))
+    shape = cases.Shape("tiny", 128, 512, 2, 4, 2, 32)
+    case = cases.Case(both, loads, backlog, shape, together=True, eager=True, max_num_seqs=16)
+    size = cases.Size(case, 64, pool_bytes=6 << 20)
+    report = decode.Report(tmp_path / "engine.json", {})
+    began = time.monotonic()
+    decode.run_case(size, tiny_folder, report, tmp_path, began, 900.0)
+    found = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
+    assert [started["status"] for started in found["starts"]] == ["started", "started"], found
+    assert decode.exit_code(found["starts"], case) == 0
+    assert found["starts"][0]["engine"]["worker"].endswith("CPUWorker")
+    (result,) = found["results"]
+    assert result["compressed"]["rounds"] > 0
+    assert result["compressed"]["most_blocks_held"] < result["full"]["most_blocks_held"]
+    assert result["speedup"] > 0
+    (skipped,) = found["skipped"]
+    assert "full attention needs" in skipped["reason"]
+    full, compressed = found["backlogs"]["full"], found["backlogs"]["compressed"]
+    for own in (full, compressed):
+        assert own["steps"] > 10
+        assert own["tokens_per_s"] > 0
+        assert own["held_at_the_end"] == 0
+        assert len(own["moments"]["rows"]) > 5
+    assert compressed["most_running"] > full["filled"]["first"]
+    assert compressed["filled"]["first"] > full["filled"]["first"]
+    found |= {"conditions": {"device": "cpu", "commit": "abc"}, "case": asdict(case)}
+    report = tmp_path / "card.json"
+    report.write_text(json.dumps(found), encoding="utf-8")
+    drawn = run_plot(str(report), "--into", str(tmp_path / "pictures"))
+    assert drawn.returncode == 0, drawn.stderr
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"throughput.png", "running_card.png", "blocks_card.png"}
+    report.write_text(json.dumps(found | {"results": [], "backlogs": {}}), encoding="utf-8")
+    drawn = run_plot(str(report), "--into", str(tmp_path / "pictures"))
+    assert drawn.returncode == 2
+    assert "no load that both sides ran and no backlog" in drawn.stderr
+
+
+def run_plot(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "plot.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_an_engine_is_held_against_the_float64_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong number, a wrong choice and what a GPU would have seen are found."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    dense = importlib.import_module("gpu.dense")
+    seen: dict[str, Json] = {}
+    judge = dense.judged
+
+    def started(
+        side: str, folder: Path, output: Path, way: str, seconds: float, length: int
+    ) -> Json:
+        result = folder / f"{side}.pt"
+        arguments = (str(folder), side == "compressed", way, result, length)
+        run_fresh(dense.observe, *arguments, environment={}, timeout=500)
+        found = torch.load(result, weights_only=False)
+        return {"side": side, "way": way, "exit": 0, "found": found}
+
+    def judged(folder: Path, full: Json, compressed: Json) -> list[Any]:
+        seen.update(full=full, compressed=compressed)
+        checks: list[Any] = judge(folder, full, compressed)
+        watched = {"waits": {"model_runner.py:1": 3}, "kernels": {"score_kernel": 2}}
+        full, compressed = deepcopy(full) | watched, deepcopy(compressed) | watched
+        compressed["waits"] = {"model_runner.py:1": 3, "rounds.py:5": 1}
+        compressed["kernels"] = {"score_kernel": 2, "compact_kernel": 11}
+        compressed["short"][0].token_ids[-1] += 1
+        compressed["long"][0].logprobs[-1][7] = -99.0
+        wrong = {check.name for check in judge(folder, full, compressed) if not check.passed}
+        assert wrong == {"below the trigger", "rounds", "waiting for the device", "kernels"}
+        compressed["long"][0].lives[0].kept[0][0][0, 0, -1] += 1
+        again = {check.name: check for check in judge(folder, full, compressed)}
+        assert "a round" in again["rounds"].found or "scores" in again["rounds"].found
+        return checks
+
+    monkeypatch.setattr(dense, "started", started)
+    monkeypatch.setattr(dense, "judged", judged)
+    monkeypatch.setattr(dense, "PROMPTS", (50,))
+    monkeypatch.setattr(dense, "SHORT", 8)
+    report = dense.run(tmp_path / "dense.json", 500.0, "abc", 120, ["eager"])
+    assert [check["name"] for check in report["checks"]] == [
+        "below the trigger",
+        "rounds",
+        "blocks",
+    ]
+    assert all(check["passed"] for check in report["checks"]), report["checks"]
+    assert seen["compressed"]["long"][0].num_rounds == 1
+    written = json.loads((tmp_path / "dense.json").read_text(encoding="utf-8"))
+    assert written["checks"] == report["checks"]
+
+
+def test_a_refusal_and_a_broken_start_are_told_apart(
+    sides: ModuleType, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """As on CUDA while there is no worker for it."""
+    request = {"model": str(tiny_folder), "arguments": TINY_ARGUMENTS}
+    with ExitStack() as stack:
+        refused = request | {"settings": {"budget": -1}}
+        found = sides.start(stack, "compressed", refused, "eager", tmp_path, 300.0)
+        assert found["status"] == "refused"
+        assert "budget" in found["reason"]
+        broken = request | {"model": str(tmp_path / "gone"), "settings": None}
+        found = sides.start(stack, "full", broken, "eager", tmp_path, 300.0)
+        assert found["status"] == "failed"
+        assert found["log"]
