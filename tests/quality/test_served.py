@@ -69,7 +69,6 @@ def ask(
     server: tuple[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, Sequence[dict[str, Any]], int], dict[str, Any]]:
     """lm-eval's figures of one sample of a task over these entries."""
-    pytest.importorskip("lm_eval", reason="lm_eval grades; pip install 'lm_eval[api]'")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     url, _ = server
 
