@@ -1,36 +1,33 @@
 """Accuracy against budget, method against method, through the real engine.
 
     PYTHONPATH=benchmarks python -m quality.run [--lengths N ...] [--budgets N ...]
-        [--methods M ...] [--variant NAME=JSON ...] [--problems N] [--asynchronous]
-        [--dfs-file FILE] [--output FILE] [--figure FILE]
+        [--methods M ...] [--settings JSON] [--variant NAME=JSON ...] [--problems N]
+        [--asynchronous] [--dfs-file FILE] [--output FILE] [--figure FILE]
 
 For each task x length x method x budget: share of answers that are right to the last word with its
 95 % interval, share of words before the first wrong one, mean output length, share of requests
 that were compressed, rounds, peak blocks and tokens per second. One engine per method and budget,
 all problems of a task at once, prefix caching on. Writes a table, JSON, and with ``--figure`` a
-picture.
+picture. What is in ``--output`` already is not measured again.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from quality.grading import grade, wilson
 from quality.problems import held_out_problems, public_dfs_problems
 from quality.report import figure, table
+from quality.results import Results
 from quality.tasks.problem import Problem
 from quality.vocabulary import IDS, TASKS
-
-from triattention_vllm import __version__
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
@@ -146,16 +143,26 @@ def rows(problems: Problems, results: Json, how: Json) -> list[Json]:
 def measure(arguments: argparse.Namespace) -> list[Json]:
     """All rows; full attention once, every other method at every budget."""
     problems = chosen_problems(arguments)
-    found: list[Json] = []
+    settings = {**SHORT, **arguments.settings}
+    conditions = {
+        "settings": settings,
+        "block_size": arguments.block_size,
+        "asynchronous": arguments.asynchronous,
+    }
+    found = Results(arguments.output, conditions)
     with tempfile.TemporaryDirectory() as cache:
         for how in _ways(arguments):
-            settings = None if how["method"] == FULL else _settings(how)
-            results = run_engine(problems, arguments, settings, cache)
-            new = rows(problems, results, how)
-            found += new
+            missing = {
+                key: own for key, own in problems.items() if not found.has(how, *key, len(own))
+            }
+            if not missing:
+                continue
+            own_settings = None if how["method"] == FULL else _settings(settings, how)
+            results = run_engine(missing, arguments, own_settings, cache)
+            new = rows(missing, results, how)
             print(table(new), flush=True)
-            _write(arguments, found)
-    return found
+            found.add(new)
+    return found.rows
 
 
 def _ways(arguments: argparse.Namespace) -> list[Json]:
@@ -173,33 +180,12 @@ def _ways(arguments: argparse.Namespace) -> list[Json]:
     return ways
 
 
-def _settings(how: Json) -> Json:
+def _settings(settings: Json, how: Json) -> Json:
     text = {}
     if how["method"] == "triattention" and "statistics" not in how["settings"]:
         text = {"calibration_text": str(MODEL / "calibration.txt")}
     same = {"method": how["method"], "budget": how["budget"]}
-    return {**SHORT, **text, **how["settings"], **same}
-
-
-def _write(arguments: argparse.Namespace, found: list[Json]) -> None:
-    if arguments.output is None:
-        return
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    report = {
-        "conditions": {
-            "version": __version__,
-            "commit": commit.stdout.strip(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "processor": platform.processor() or platform.machine(),
-            "block_size": arguments.block_size,
-            "asynchronous": arguments.asynchronous,
-            "settings": SHORT,
-        },
-        "results": found,
-    }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return {**settings, **text, **how["settings"], **same}
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -210,6 +196,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, default=[128, 256, 512])
+    parser.add_argument("--settings", type=json.loads, default={}, help="of every method, as JSON")
     parser.add_argument(
         "--variant",
         action="append",

@@ -20,7 +20,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int | None
     command = [sys.executable, "-m", "quality.run", "--output", str(output)]
     command += ["--methods", "full", "triattention", "random", "--budgets", "128", "768"]
     command += ["--tasks", "dfs", "--lengths", "768", "--problems", "12"]
-    command += ["--variant", 'prompt kept={"protect": "all_prompt"}']
+    command += ["--settings", '{"protect": "all_prompt"}']
     paths = [str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
