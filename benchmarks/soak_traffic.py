@@ -145,7 +145,9 @@ async def log_probabilities(traffic: Traffic) -> list[Outcome]:
 
 
 async def priority(traffic: Traffic) -> list[Outcome]:
-    asked = traffic.rng.randint(-5, 5)
+    """Never behind the others, who have 0: vLLM's order is strict, so whoever comes last waits for
+    as long as the server is full, which here is almost always."""
+    asked = traffic.rng.randint(-5, 0)
     return [await traffic.complete(traffic.text(20, 200), 250, priority=asked)]
 
 
