@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from math import ceil
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, cast, get_args
@@ -19,6 +18,7 @@ from triattention_vllm.score_settings import (
     PRESET,
     PRESETS,
     PROTECT_VALUES,
+    REDUNDANCY,
     LayersTogether,
     Normalise,
     NormTerm,
@@ -127,6 +127,7 @@ class Settings:
     score_layers: LayersTogether = _described("mean", LAYERS)
     score_norm_term: NormTerm = _described("full", NORM_TERM)
     score_offsets: str = _described("geometric", OFFSETS)
+    score_redundancy: int = _described(0, REDUNDANCY)
     score_protect_values: int = _described(0, PROTECT_VALUES)
     when: When = _described(
         "always",
@@ -193,10 +194,12 @@ class Settings:
         for name, description in descriptions().items():
             description.refuse(name, vars(self)[name])
         self._refuse_small_budget()
-        if self.method in NEED_ORDER and self.compaction != "repack":
+        if self.compaction != "repack":
+            self._refuse_without_order()
+        if self.score_redundancy and self.score_normalise != "heads":
             raise SettingsError(
-                f'compaction "{self.compaction}" does not keep tokens in order, as method '
-                f'"{self.method}" needs them; leave compaction at "repack".'
+                f"score_redundancy {self.score_redundancy} is measured in deviations of normalised "
+                'scores, and score_normalise is "none"; leave one of them out.'
             )
         self._refuse_other_than_preset()
         if not self.needs_statistics:
@@ -217,17 +220,24 @@ class Settings:
                 "no statistics file is given; leave one of them out."
             )
 
+    def _refuse_without_order(self) -> None:
+        needs = f'method "{self.method}"' if self.method in NEED_ORDER else ""
+        if self.score_redundancy:
+            needs = f"score_redundancy {self.score_redundancy}"
+        if needs:
+            raise SettingsError(
+                f'compaction "{self.compaction}" does not keep tokens in order, as {needs} needs '
+                'them; leave compaction at "repack".'
+            )
+
     def _refuse_small_budget(self) -> None:
-        if isinstance(self.window, int):
-            window, least = self.window, self.window + self.interval
-        else:
-            window, least = self.budget // 4, (self.interval - 1) * 4 // 3 + 1
-        if self.budget >= window + self.interval:
-            return
-        raise SettingsError(
-            f"budget {self.budget} is below window {window} + interval {self.interval}; "
-            f"set it to at least {least} tokens."
-        )
+        policy = self.policy(block_size=1)
+        window, least = policy.window_of(self.budget), policy.least_budget()
+        if self.budget < least:
+            raise SettingsError(
+                f"budget {self.budget} is below window {window} + interval {self.interval}; "
+                f"set it to at least {least} tokens."
+            )
 
     @property
     def needs_statistics(self) -> bool:
@@ -307,7 +317,7 @@ class Settings:
                 f"budget {self.budget} leaves no candidate beside window {policy.max_window()} "
                 f"and up to {policy.max_protected_prefix()} protected tokens "
                 f"(protect={self.protect!r}) in blocks of {block_size}; set budget to "
-                f"{self._enough_budget(block_size)} or more, or protect fewer tokens."
+                f"{policy.enough_budget()} or more, or protect fewer tokens."
             )
 
     def check_files(self) -> None:
@@ -342,19 +352,6 @@ class Settings:
         """``calibration_text`` with ``~`` resolved."""
         text = self.calibration_text
         return None if text is None else Path(text).expanduser()
-
-    def _enough_budget(self, block_size: int) -> int:
-        """A budget that leaves candidates: ``B >= W + P`` and three blocks for rounding, where
-        a protected prompt takes half of it and the window a number of tokens or a share."""
-        fixed = 3 * block_size
-        share = 0.0
-        if isinstance(self.window, int):
-            fixed += self.window
-        else:
-            share = 0.5 if self.protect == "all_prompt" else 0.25
-        sinks = max(self.sink_tokens, self.protect if isinstance(self.protect, int) else 0)
-        enough = [fixed / (0.5 - share)] if self.protect == "prompt" else []
-        return ceil(max([(fixed + sinks) / (1 - share), *enough]))
 
 
 def descriptions() -> dict[str, Description]:

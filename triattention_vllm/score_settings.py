@@ -36,6 +36,13 @@ OFFSETS = Description(
     pattern="[0-9]{1,7}(,[0-9]{1,7})*",
     form="numbers with commas between them",
 )
+REDUNDANCY = Description(
+    "How much less a candidate scores whose value later candidates have as well: percent of a "
+    "standard deviation.",
+    (int,),
+    unit="percent",
+    maximum=1000,
+)
 PROTECT_VALUES = Description(
     "Survivors that are chosen by the length of their value, the longest, whatever their score.",
     (int,),
@@ -59,6 +66,7 @@ PRESETS: Mapping[Preset | None, Mapping[str, str | int]] = {
         "score_layers": "mean",
         "score_norm_term": "full",
         "score_offsets": "geometric",
+        "score_redundancy": 0,
         "score_protect_values": 0,
     }
 }

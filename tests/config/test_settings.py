@@ -64,6 +64,14 @@ REFUSED = [
     ({"score_normalise": "off"}, 'score_normalise is \'off\', allowed is "heads" or "none"'),
     ({"score_offsets": "1, 2"}, r"'1, 2', allowed is .*\"short\" or numbers with commas between"),
     ({"score_offsets": [1, 2]}, r"score_offsets is \[1, 2\] \(list\), allowed is \"geometric\""),
+    (
+        {"score_redundancy": 50, "score_normalise": "none"},
+        'score_redundancy 50 is measured .* score_normalise is "none"; leave one of them out',
+    ),
+    (
+        {"score_redundancy": 50, "compaction": "fill_holes"},
+        "does not keep tokens in order, as score_redundancy 50 needs them; leave compaction",
+    ),
     ({"score_protect_values": 101}, "of percent, at least 0 and at most 100"),
     (
         {"method": "knorm", "score_offsets": "short"},
@@ -113,7 +121,7 @@ def test_the_preset_of_the_paper_is_its_setting_by_name() -> None:
     assert (settings.window, settings.protect, settings.selection) == (128, "prompt", "per_head")
     assert (settings.score_normalise, settings.score_layers) == ("heads", "mean")
     assert (settings.score_norm_term, settings.score_offsets) == ("full", "geometric")
-    assert settings.score_protect_values == 0
+    assert (settings.score_redundancy, settings.score_protect_values) == (0, 0)
     assert Settings.from_mapping(settings.to_mapping()) == settings
 
 

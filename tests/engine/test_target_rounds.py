@@ -58,6 +58,7 @@ def kept_by(ranking: Ranking) -> Tensor:
         ({}, Ranking()),
         ({"score_normalise": "none"}, Ranking(normalise=False)),
         ({"score_layers": "max"}, Ranking(layers="max")),
+        ({"score_redundancy": 300}, Ranking(redundancy=300)),
         ({"score_protect_values": 60}, Ranking(protected_values=60)),
     ],
     ids=str,

@@ -12,7 +12,7 @@ from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch
 
 from triattention_vllm.errors import RoundError
-from triattention_vllm.method.observing import region_keys
+from triattention_vllm.method.region import region_tokens
 from triattention_vllm.method.round import run_rounds
 from triattention_vllm.method.scorer import Observation
 from triattention_vllm.method.scorers import OBSERVING_SCORERS
@@ -171,7 +171,7 @@ def test_keys_of_a_quantised_cache_have_their_scales() -> None:
         cache = scaled_cache((2, 5, 2, 4, 8), dtype)
         kv = PagedKV.from_scaled_blocks(cache.blocks, dtype)
         _, (_, second) = zip(*kv.evenly_spaced(at_most=1), strict=True)
-        found = region_keys(second, torch.tensor([3, 1])).double()
+        found = region_tokens(second, torch.tensor([3, 1]), "keys").double()
         expected = cache.keys[1][[3, 1]].transpose(0, 1).flatten(1, 2)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch, select
 
 from triattention_vllm.method.ranking import Ranking
+from triattention_vllm.method.redundancy import value_redundancy
 from triattention_vllm.method.round import run_rounds
 from triattention_vllm.method.score_knorm import KnormScorer
 
@@ -121,6 +122,59 @@ def test_without_normalising_the_layer_with_the_largest_scores_decides() -> None
     normal = Ranking(layers="max").ranked(scores, kv, batch, "per_head")
     outer, inner = 3 / math.sqrt(5), 1 / math.sqrt(5)
     torch.testing.assert_close(normal[0, 0, 0], torch.tensor([outer, inner, inner, outer]))
+
+
+def redundancy_by_lists(values: list[list[float]]) -> list[float]:
+    """Of candidates' values [T][D]: how often later ones say it, to mean 0 and deviation 1."""
+    unit = [[x / math.hypot(*value) for x in value] for value in values]
+    found = []
+    for t, own in enumerate(unit):
+        cosines = [sum(map(math.prod, zip(own, later, strict=True))) for later in unit[t + 1 :]]
+        found.append(math.log(1 + sum(max(0.0, cosine) ** 8 for cosine in cosines)))
+    mean = sum(found) / len(found)
+    std = math.sqrt(sum((x - mean) ** 2 for x in found) / len(found))
+    return [(x - mean) / std for x in found]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**6), st.sampled_from([20, 50, 300]))
+def test_redundancy_is_taken_off_each_heads_scores_as_plain_lists_do(
+    seed: int, percent: int
+) -> None:
+    scores, kv = random_scores(seed), small_cache(seed)
+    ranked = Ranking(redundancy=percent).ranked(scores, kv, BATCH, "per_layer_per_head")
+    places = [(block, slot) for block in (3, 1, 7) for slot in range(BLOCK_SIZE)][1:]
+    plain = by_lists(scores[0, ..., 1:], Ranking(), "per_layer_per_head")
+    for layer in range(NUM_LAYERS):
+        for head in range(NUM_KV_HEADS):
+            values = [kv.values[layer, b, head, slot, 0, :, 0].tolist() for b, slot in places]
+            redundancy = redundancy_by_lists(values)
+            expected = [
+                score - percent / 100 * less
+                for score, less in zip(plain[layer][head], redundancy, strict=True)
+            ]
+            torch.testing.assert_close(ranked[0, layer, head, 1:], torch.tensor(expected))
+
+
+def test_of_tokens_that_say_the_same_the_latest_stays() -> None:
+    """Six candidates of equal score say one thing, two say others: those and the last one stay."""
+    one, two, three = torch.eye(8)[:3]
+    values = torch.stack([one, two, one, one, one, three, one, one])
+    cache = torch.cat([torch.ones(8, 8), values], dim=1).reshape(1, 2, 4, 1, 16).transpose(2, 3)
+    kv = PagedKV.from_blocks(cache)
+    source, destination = torch.tensor([[0, 1]]), torch.tensor([[0]])
+    batch = RoundBatch(source, destination, (2,), (1,), (0,))
+    scores = torch.zeros(1, 1, 1, 8)
+    ranked = Ranking(redundancy=50).ranked(scores, kv, batch, "per_head")
+    assert select(ranked, batch, 4, 1, "per_head").tolist() == [[[[1, 5, 6, 7]]]]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 511, 512, 513, 1100])
+def test_redundancy_is_the_same_in_chunks(num_tokens: int) -> None:
+    values = torch.randn(2, num_tokens, 4, generator=torch.Generator().manual_seed(num_tokens))
+    unit = torch.nn.functional.normalize(values.double(), dim=-1)
+    alike = (unit @ unit.transpose(1, 2)).clamp(min=0).pow(8).triu(1)
+    torch.testing.assert_close(value_redundancy(values), alike.sum(-1).log1p().float())
 
 
 @settings(deadline=None, max_examples=50)

@@ -14,6 +14,7 @@ from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch
 
 from triattention_vllm.errors import RoundError
+from triattention_vllm.method.region import region_tokens
 from triattention_vllm.method.scorer import Observation, Scorer
 
 
@@ -51,7 +52,7 @@ class ObservingScorer(Scorer):
             candidates = slice(batch.first_candidate[request_idx], num_blocks * kv.block_size)
             for layers, part in kv.evenly_spaced(at_most=1):
                 layer = layers.start
-                keys = region_keys(part, region)[:, candidates]
+                keys = region_tokens(part, region, "keys")[:, candidates]
                 queries = torch.unflatten(own.queries[layer].float(), 1, (kv.num_kv_heads, -1))
                 logits = torch.einsum("qhgd,htd->hgqt", queries, keys) * self._scales[layer]
                 earlier = None
@@ -67,16 +68,3 @@ class ObservingScorer(Scorer):
         logits: [H_kv, G, n, T] float32. keys: [H_kv, T, D] float32, after RoPE. earlier:
         [H_kv, T'] of the first T' candidates, see ``Observation``.
         """
-
-
-def region_keys(kv: PagedKV, region: Tensor) -> Tensor:
-    """Keys of the blocks ``region`` int64 [S] of a cache of one layer, as [H_kv, S * block_size, D]
-    float32."""
-    stored = kv.keys[0]
-    # torch picks no blocks of fp8 numbers, but of bytes.
-    if stored.itemsize == 1:
-        stored = stored.view(torch.uint8)
-    keys = stored[region].view(kv.keys.dtype).float()  # [S, H_kv, S1, S2, D1, D2]
-    if kv.scales is not None:
-        keys *= kv.scales.keys[0, region][..., None, None]
-    return keys.transpose(0, 1).flatten(4).flatten(1, 3)

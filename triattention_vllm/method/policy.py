@@ -5,6 +5,7 @@ or vLLM, so the same inputs give the same rounds in every process.
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from triattention_vllm.errors import RoundError
@@ -78,12 +79,16 @@ class Policy:
             return self.budget + max(num_prompt_tokens, self.sink_tokens)
         return self.budget
 
+    def window_of(self, num_kept: int) -> int:
+        """``W`` of a request that keeps so many tokens."""
+        if isinstance(self.window, int):
+            return self.window
+        return min(num_kept // 4, self.budget // 2)
+
     def request_window(self, num_prompt_tokens: int) -> int:
         """``W`` of a request. Where a prompt is kept on top of the budget, the window grows with
         it, and half of the budget remains for survivors however long the prompt is."""
-        if isinstance(self.window, int):
-            return self.window
-        return min(self.request_budget(num_prompt_tokens) // 4, self.budget // 2)
+        return self.window_of(self.request_budget(num_prompt_tokens))
 
     def due_round(
         self, num_committed: int, num_evicted: int, num_prompt_tokens: int
@@ -150,6 +155,25 @@ class Policy:
             fewest = survivors if fewest is None else min(fewest, survivors)
         assert fewest is not None
         return fewest - self.max_protected_prefix()
+
+    def least_budget(self) -> int:
+        """Smallest ``B`` with ``B >= W + I``."""
+        if isinstance(self.window, int):
+            return self.window + self.interval
+        return (self.interval - 1) * 4 // 3 + 1
+
+    def enough_budget(self) -> int:
+        """A ``B`` that leaves candidates: ``B >= W + P`` and three blocks for rounding, where a
+        protected prompt takes half of it and the window a number of tokens or a share."""
+        fixed = 3 * self.block_size
+        share = 0.0
+        if isinstance(self.window, int):
+            fixed += self.window
+        else:
+            share = 0.5 if self.protect == "all_prompt" else 0.25
+        sinks = max(self.sink_tokens, self.protect if isinstance(self.protect, int) else 0)
+        with_prompt = fixed / (0.5 - share) if self.protect == "prompt" else 0
+        return ceil(max((fixed + sinks) / (1 - share), with_prompt))
 
     def max_cached_tokens(self, num_in_flight_tokens: int) -> int | None:
         """Most tokens that a request holds at once when no round is deferred, or None where

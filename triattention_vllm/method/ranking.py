@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch, Selection
 
-from triattention_vllm.method.norms import region_norms
+from triattention_vllm.method.redundancy import value_redundancy
+from triattention_vllm.method.region import region_norms, region_tokens
 
 MIN_STD = 1e-6
 
@@ -23,11 +24,14 @@ class Ranking:
 
     normalise: scores of each query head to mean 0 and standard deviation 1 over the candidates.
     layers: how ``per_head`` puts layers together.
+    redundancy: percent; by how many standard deviations a KV head's score falls where a token's
+    value is one deviation more redundant than the mean.
     protected_values: percent of the survivors that are chosen by the length of their value.
     """
 
     normalise: bool = True
     layers: Literal["mean", "max"] = "mean"
+    redundancy: int = 0
     protected_values: int = 0
 
     @property
@@ -46,7 +50,10 @@ class Ranking:
         lengths = region_norms(kv, batch, "values") if self.protected_values else None
         for request_idx, first in enumerate(batch.first_candidate):
             end = batch.num_source_blocks[request_idx] * kv.block_size
-            own = self._together(scores[request_idx, ..., first:end], kv.num_kv_heads, selection)
+            own = self._of_groups(scores[request_idx, ..., first:end], kv.num_kv_heads)
+            if self.redundancy:
+                own = own - self.redundancy / 100 * _redundancy(kv, batch, request_idx)
+            own = self._together(own, selection)
             if lengths is not None:
                 num_kept = batch.num_destination_blocks[request_idx] * kv.block_size - first
                 values = shared_lengths(lengths[request_idx, ..., first:end], selection)
@@ -54,14 +61,17 @@ class Ranking:
             found[request_idx, ..., first:end] = own
         return found
 
-    def _together(self, scores: Tensor, num_kv_heads: int, selection: Selection) -> Tensor:
-        """Candidates' scores [L, H, T] as [L, H_kv, T], or with dims of size 1 where shared."""
+    def _of_groups(self, scores: Tensor, num_kv_heads: int) -> Tensor:
+        """Candidates' scores [L, H, T] as [L, H_kv, T], of each group's best query head."""
         scores = torch.where(scores.isfinite(), scores, torch.nan)
         if self.normalise:
             scores = scores - scores.nanmean(-1, keepdim=True)
             deviation = scores.square().nanmean(-1, keepdim=True).sqrt()
             scores = scores / deviation.clamp(min=MIN_STD)
-        scores = torch.unflatten(scores, 1, (num_kv_heads, -1)).amax(2)
+        return torch.unflatten(scores, 1, (num_kv_heads, -1)).amax(2)
+
+    def _together(self, scores: Tensor, selection: Selection) -> Tensor:
+        """Candidates' scores [L, H_kv, T], with dims of size 1 where they are shared."""
         if selection == "per_head" and self.layers == "mean":
             scores = scores.mean(0, keepdim=True)
         elif selection == "per_head":
@@ -69,6 +79,21 @@ class Ranking:
         elif selection == "union":
             scores = scores.amax((0, 1), keepdim=True)
         return scores.nan_to_num(nan=-torch.inf)
+
+
+def _redundancy(kv: PagedKV, batch: RoundBatch, request_idx: int) -> Tensor:
+    """Redundancy of a request's candidates [L, H_kv, T], to mean 0 and standard deviation 1."""
+    num_blocks = batch.num_source_blocks[request_idx]
+    region = batch.source_blocks[request_idx, :num_blocks]
+    first = batch.first_candidate[request_idx]
+    found = torch.stack(
+        [
+            value_redundancy(region_tokens(part, region, "values")[:, first:])
+            for _, part in kv.evenly_spaced(at_most=1)
+        ]
+    )
+    found = found - found.mean(-1, keepdim=True)
+    return found / found.square().mean(-1, keepdim=True).sqrt().clamp(min=MIN_STD)
 
 
 def shared_lengths(lengths: Tensor, selection: Selection) -> Tensor:

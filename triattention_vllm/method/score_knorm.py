@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch
 
-from triattention_vllm.method.norms import region_norms
+from triattention_vllm.method.region import region_norms
 from triattention_vllm.method.scorer import Observation, Scorer
 
 

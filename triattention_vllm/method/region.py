@@ -1,4 +1,4 @@
-"""Lengths of the cached keys or values of a batch of rounds."""
+"""Cached keys and values of a region, and their lengths, as torch operations see them."""
 
 from typing import Literal
 
@@ -6,8 +6,25 @@ import torch
 from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch
 
+Part = Literal["keys", "values"]
 
-def region_norms(kv: PagedKV, batch: RoundBatch, of: Literal["keys", "values"]) -> Tensor:
+
+def region_tokens(kv: PagedKV, region: Tensor, of: Part) -> Tensor:
+    """Keys or values of the blocks ``region`` int64 [S] of a cache of one layer, as
+    [H_kv, S * block_size, D] float32."""
+    cached = kv.keys if of == "keys" else kv.values
+    stored = cached[0]
+    # torch picks no blocks of fp8 numbers, but of bytes.
+    if stored.itemsize == 1:
+        stored = stored.view(torch.uint8)
+    tokens = stored[region].view(cached.dtype).float()  # [S, H_kv, S1, S2, D1, D2]
+    if kv.scales is not None:
+        scales = kv.scales.keys if of == "keys" else kv.scales.values
+        tokens *= scales[0, region][..., None, None]
+    return tokens.transpose(0, 1).flatten(4).flatten(1, 3)
+
+
+def region_norms(kv: PagedKV, batch: RoundBatch, of: Part) -> Tensor:
     """Euclidean lengths over the head dims, [R, L, H_kv, S_max * block_size] float32.
 
     One request's region of equally spaced layers is copied at a time. Padding blocks of shorter
