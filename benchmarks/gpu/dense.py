@@ -104,7 +104,9 @@ def waits_and_kernels(llm: Any) -> Json:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = Counter(
-        f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)
+        f"{Path(w.filename).name}:{w.lineno}"
+        for w in caught
+        if "called a synchronizing" in str(w.message)
     )
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as seen:

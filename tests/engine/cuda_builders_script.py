@@ -210,4 +210,8 @@ flash_attn.get_flash_attn_version = lambda **_: 3
 flash_attn.get_scheduler_metadata = schedule
 config.attention_config.use_trtllm_attention = False  # asks the network otherwise
 with set_current_vllm_config(config):
-    print(json.dumps({name: built(name, config, plans) for name in names}, default=str))
+    results = {name: built(name, config, plans) for name in names}
+    for version in (2, 4):
+        flash_attn.get_flash_attn_version = lambda version=version, **_: version
+        results[f"FLASH_ATTN {version}"] = built("FLASH_ATTN", config, plans)
+    print(json.dumps(results, default=str))

@@ -15,6 +15,8 @@ from triattention_vllm.engine.differences import LINE
 # Through 0.31 vLLM's builder launches a Triton kernel of its own, which its CPU build leaves out.
 PLANS_WITHOUT_KERNEL = LINE >= (0, 32)
 BACKENDS = ["TRITON_ATTN", "FLASH_ATTN", "ROCM_ATTN", "ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_FA"]
+# FLASH_ATTN alone stands for FlashAttention 3, which the host schedules.
+EVERY_BUILDER = [*BACKENDS, "FLASH_ATTN 2", "FLASH_ATTN 4"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def built(model_folder: ModelFolder) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.feature("CUDA graphs", "not yet run on a GPU")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BUILDER)
 def test_cuda_metadata_is_built_from_shifted_rows(
     backend: str, built: dict[str, dict[str, Any]]
 ) -> None:
@@ -57,7 +59,7 @@ def test_cuda_metadata_is_built_from_shifted_rows(
     assert not result["fused_drafts"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BUILDER)
 def test_captured_graphs_read_the_memory_that_every_build_writes(
     backend: str, built: dict[str, dict[str, Any]]
 ) -> None:
@@ -66,7 +68,7 @@ def test_captured_graphs_read_the_memory_that_every_build_writes(
     assert result["captured_same_memory"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BUILDER)
 def test_a_build_reads_nothing_from_the_device_and_allocates_what_vllm_does(
     backend: str, built: dict[str, dict[str, Any]]
 ) -> None:
@@ -79,6 +81,7 @@ def test_flash_attention_3_is_scheduled_by_the_shortened_lengths(
     built: dict[str, dict[str, Any]],
 ) -> None:
     assert built["FLASH_ATTN"]["fa3"][:2] == [[32, True], [32, True]]
+    assert built["FLASH_ATTN 2"]["fa3"] == built["FLASH_ATTN 4"]["fa3"] == []
 
 
 def test_a_backend_is_imported_only_where_vllm_chooses_it() -> None:

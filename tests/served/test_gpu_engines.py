@@ -125,7 +125,7 @@ def test_engines_decode_in_turns_and_serve_a_backlog(
         name: cases.Side(own, TINY_ARGUMENTS)
         for name, own in (("full", None), ("compressed", settings))
     }
-    backlog = cases.Backlog(total=900, prompt=64, num_waiting=8, seconds=4.0)
+    backlog = cases.Backlog(total=900, prompt=64, num_waiting=8, seconds=2.0)
     loads = (cases.Load(512, 2), cases.Load(32_768, 1))
     shape = cases.Shape("tiny", 128, 512, 2, 4, 2, 32)
     case = cases.Case(both, loads, backlog, shape, together=True, eager=True, max_num_seqs=16)
