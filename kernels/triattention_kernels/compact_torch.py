@@ -12,6 +12,9 @@ from triattention_kernels.round_batch import RoundBatch
 
 INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# From so many slots on, which lie side by side, their head dims are copied one by one.
+SLOTS_TOGETHER = 16
+
 # Dimensions of the keys or values of one layer.
 BLOCK, HEAD, S1, S2, D1, D2 = range(6)
 
@@ -113,16 +116,19 @@ class WholeBlocks:
     """Destination blocks, put together in the order in which they lie in memory: no token is
     unpacked.
 
-    Head dims that lie further apart than the tokens of a block are *planes*, in each of which the
-    tokens lie alike.
+    Head dims that lie further apart than the tokens of a block, or between slots of which many lie
+    side by side, are *planes*, in each of which the tokens lie alike. All head dims of a token
+    side by side are a *row*.
 
     destination: M block ids. planes: dimensions of a layer. index: elements of a plane that the
-    blocks receive, [M, H_kv, *inner]; inner: the other dimensions of a block, in memory order.
+    blocks receive, or rows of ``row`` elements, [M, H_kv, *inner]; inner: the other dimensions of
+    a block, in memory order.
     """
 
     destination: list[int]
     planes: tuple[int, ...]
     inner: tuple[int, ...]
+    row: int
     index: Tensor
 
     @classmethod
@@ -130,19 +136,32 @@ class WholeBlocks:
         """offsets: of the tokens [H_kv, M * block_size] that the blocks receive, in order."""
         in_block = [S1, S2, D1, D2]
         in_block.sort(key=lambda dim: (layer.shape[dim] == 1, -layer.stride()[dim]))
+        num_wide = sum(layer.shape[dim] > 1 for dim in in_block)
+        innermost = in_block[max(0, num_wide - 1)]
+        size = layer.shape[innermost]
         planes = tuple(takewhile((D1, D2).__contains__, in_block))
-        inner = tuple(in_block[len(planes) :])
+        if innermost in (S1, S2) and size >= SLOTS_TOGETHER:
+            planes = tuple(dim for dim in in_block if dim in (D1, D2))
+        inner = tuple(dim for dim in in_block if dim not in planes)
+        others = [layer.stride(dim) for dim in range(layer.dim()) if dim != innermost]
+        in_rows = size == layer.shape[D1] * layer.shape[D2] and layer.stride(innermost) == 1
+        in_rows &= innermost in (D1, D2) and all(stride % size == 0 for stride in others)
+        row = size if in_rows and not planes else 1
         slots = (len(destination), layer.shape[S1], layer.shape[S2])
-        blocks = torch.unflatten(offsets, 1, slots).transpose(0, 1)[..., None, None]
+        blocks = torch.unflatten(offsets // row, 1, slots).transpose(0, 1)[..., None, None]
         index = blocks.permute(*planes, BLOCK, HEAD, *inner).contiguous()
-        for dim in {D1, D2}.intersection(inner):
+        for dim in {D1, D2}.intersection(inner) if row == 1 else ():
             behind = [1] * (len(inner) - 1 - inner.index(dim))
             index = index + offsets_along(layer, dim).view(-1, *behind)
-        return cls(destination, planes, inner, index)
+        return cls(destination, planes, inner, row, index)
 
     def read(self, layer: Tensor) -> Tensor:
         """A copy of what moves, [*planes, M, H_kv, *inner]."""
         elements = elements_of(layer, self.planes)
+        if self.row > 1:
+            rows = elements.view(-1, self.row).index_select(0, self.index.flatten())
+            num_blocks, num_heads = self.index.shape[:2]
+            return rows.view(num_blocks, num_heads, *(layer.shape[dim] for dim in self.inner))
         shape = (*elements.shape[:-1], self.index.numel())
         content = elements.gather(-1, self.index.flatten().expand(shape))
         return torch.unflatten(content, -1, self.index.shape[len(self.planes) :])
