@@ -126,7 +126,8 @@ async def soak(server: Server, size: Size) -> Json:
     """The whole report of one server, without conditions."""
     sampler = ProcessSampler(server.process.pid)
     timeout = aiohttp.ClientTimeout(total=_SECONDS_TO_FINISH)
-    connector = aiohttp.TCPConnector(limit=0)
+    # The server closes a connection that was idle for 5 s, which may be when it is used again.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         traffic = Traffic(session, server.root_url, size.seed)
         start = time.monotonic()
