@@ -48,8 +48,8 @@ NOTES = {
     "logprobs, prompt_logprobs": "",
     "LoRA": "statistics are those of the base model",
     "Metrics": "on the server's `/metrics`, over several API servers too",
-    "vLLM 0.28 to 0.32": "the whole suite passed on 0.32, what a release can change on 0.31 and "
-    "0.28, so far only parts of it on 0.29 and 0.30; other versions are refused unless "
+    "vLLM 0.28 to 0.32": "the whole suite passed on 0.32, what a release can change on 0.28 to "
+    "0.31; other versions are refused unless "
     "`TRIATTENTION_ALLOW_UNTESTED_VLLM=1`",
     "Pooling models": "without compression they are served as ever",
     "Context parallel": "decode or prefill, above 1",

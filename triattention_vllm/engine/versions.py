@@ -17,8 +17,8 @@ Line = tuple[int, int]
 """(major, minor) of a release line of vLLM."""
 
 VERIFIED: tuple[Line, ...] = ((0, 28), (0, 29), (0, 30), (0, 31), (0, 32))
-"""Release lines that are served, in order: the whole suite passed on the newest, and so far only
-parts of it on the others."""
+"""Release lines that are served, in order: the whole suite passed on the newest, and on the others
+the part of it that a release can change."""
 
 SOURCE_CHECKED: tuple[Line, ...] = ((0, 33),)
 """Release lines without a CPU build: a test reads every seam in their source, and nothing ran."""
