@@ -31,6 +31,9 @@ E4M3FNUZ_BIAS = tl.constexpr(2.0**119)
 DOT_FROM_GROUP = 4
 TILE_TOKENS = 64
 TILE_DIMS = 64
+# Tensor cores cut off what does not fit when they add. Sums of so many products each are added up
+# outside of them, rounded to nearest: longer ones would err more than sums in float32 do.
+DOT_TERMS = 16
 
 
 @triton.jit
@@ -295,7 +298,7 @@ def score_constants(group: int, head_dim: int, rotary_dim: int) -> dict[str, int
 
     def tile(num_dims: int) -> int:
         padded = int(triton.next_power_of_2(max(num_dims, 1)))
-        return min(max(padded, smallest_dims), TILE_DIMS)
+        return min(max(padded, smallest_dims), DOT_TERMS if uses_dot else TILE_DIMS)
 
     return {
         "GROUP": group,
