@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 import torch
@@ -18,6 +19,7 @@ GENERATORS: Mapping[str, Callable[[Random, int], Problem]] = {
     "needle": needle.generate,
     "add": addition.generate,
     "copy": copying.generate,
+    "dense": partial(dfs.generate, extras=(4, 7, 10)),
 }
 WARM_UP_LENGTH = 256
 WARM_UP_ROWS = (5, 1, 2, 5, 3, 1, 5, 2, 0, 5, 3, 4)
@@ -25,7 +27,7 @@ WARM_UP_ROWS = (5, 1, 2, 5, 3, 1, 5, 2, 0, 5, 3, 4)
 LATE_TRIES = 3
 """Of so many problems of a late row the longest is taken."""
 NOT_LEARNED = -100
-TASKS = (*JUDGED, "copy")
+TASKS = tuple(GENERATORS)
 
 
 @dataclass(frozen=True)

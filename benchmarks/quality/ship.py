@@ -30,9 +30,8 @@ on nothing else. It solves the problems of `benchmarks/quality/tasks` step by st
 language. Made to measure what KV-cache compression does to answers; see `docs/quality.md`.
 
 - Made by `python -m quality.train --steps {steps} --seed {seed}`: {tokens} tokens, {seconds}
-  seconds of processes that share their processors with others. `training.jsonl` is the log of every
-  twenty steps: loss, and the share of graded words that were right, by task and length, on problems
-  that were new at that moment.{note}
+  seconds. `training.jsonl` is the log of every twenty steps: loss, and the share of graded words
+  that were right, by task and length, on problems that were new at that moment.{note}
 - `calibration.txt`: solved problems, for the statistics of `triattention`. `problems.jsonl`:
   programs with their traces, for `triattention demo`.
 - Licence: that of the project. No data of others went into it.

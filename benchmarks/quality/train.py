@@ -30,10 +30,10 @@ class Plan:
     """Lengths in turn, growing with the steps (until this step, this long at most); from
     ``late_from`` on the lengths and tasks of ``late`` in turn (until this step), which are mostly
     those that are slow to learn. Tokens per step by length (up to this length, this many). The
-    factor on the learning rates in turn (until this step, this high, falling linearly over this
-    last share), each time rising over ``warm_up``."""
+    learning rates rise over ``warm_up`` steps and fall linearly to 0 over the last share
+    ``falling``."""
 
-    steps: int = 6500
+    steps: int = 8000
     seed: int = 0
     tokens_per_step: tuple[tuple[int, int], ...] = ((512, 4096), (4096, 8192))
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
@@ -42,13 +42,11 @@ class Plan:
     )  # fmt: skip
     late_from: int = 2300
     late: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = (
-        (3200, (1024, 4096, 2048, 1024, 4096, 2048, 512, 4096), (0, 1, 2, 3, 1, 4)),
-        (4700, (1024, 4096, 2048, 1024, 4096, 2048, 512, 4096), (1, 0, 1, 2, 1, 0, 3, 1, 0, 1, 4)),
-        (5300, (4096, 2048, 4096, 1024), (0, 1, 2, 0, 1, 3, 0, 1, 2, 1, 4)),
-        (6500, (1024, 512, 2048, 1024, 4096), (1, 0, 1, 2, 1, 0, 1, 3, 1, 0, 1, 4)),
+        (3300, (1024, 4096, 512, 2048, 1024, 4096, 512, 2048), (6, 1, 2, 0, 1, 3, 6, 1, 4)),
+        (8000, (1024, 2048, 512, 1024, 4096, 2048), (1, 6, 1, 2, 1, 0, 1, 3, 6, 1, 0, 4)),
     )
     warm_up: int = 50
-    cycles: tuple[tuple[int, float, float], ...] = ((5300, 1.0, 0.58), (6500, 0.4, 0.9))
+    falling: float = 0.72
     matrix_rate: float = 0.02
     norm_rate: float = 0.01
     other_rate: float = 3e-3
@@ -77,13 +75,8 @@ class Plan:
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates."""
-        start = 0
-        for end, peak, falling in self.cycles:
-            if step < end:
-                left = (end - step) / (falling * (end - start))
-                return peak * min((step - start + 1) / self.warm_up, left, 1.0)
-            start = end
-        return 0.0
+        left = (self.steps - step) / (self.falling * self.steps)
+        return min((step + 1) / self.warm_up, left, 1.0)
 
 
 class Training:

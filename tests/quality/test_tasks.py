@@ -7,8 +7,8 @@ from random import Random
 import pytest
 from quality.batches import GENERATORS, NOT_LEARNED, make_batch
 from quality.problems import DEPTHS, held_out_problems, public_dfs_problems
-from quality.tasks import needle
-from quality.tasks.problem import Problem
+from quality.tasks import machine, needle
+from quality.tasks.problem import HARD_WEIGHT, Problem
 from quality.vocabulary import EOS, IDS, TASKS, VOCAB_SIZE
 
 LENGTHS = (128, 300, 1024)
@@ -49,8 +49,9 @@ def test_a_problem_fits_its_length_and_repeats_for_its_seed(task: str, length: i
             assert any(turn.answer.graded)
 
 
-def test_a_search_reports_what_a_recursive_search_finds() -> None:
-    for problem in problems("dfs"):
+@pytest.mark.parametrize("task", ["dfs", "dense"])
+def test_a_search_reports_what_a_recursive_search_finds(task: str) -> None:
+    for problem in problems(task):
         *lines, last = entries(problem.prompt[2:])
         graph = {line[0]: line[2:] for line in lines}
         start, last_step = last[1], int(last[3]) * 10 + int(last[4])
@@ -63,6 +64,14 @@ def test_a_search_reports_what_a_recursive_search_finds() -> None:
         ]
         assert sum(word in "+-" for word in trace) == last_step + 1
         assert problem.answer.words[-1] == EOS
+
+
+def test_dense_graphs_have_the_long_lists_of_long_problems() -> None:
+    def longest_list(task: str, length: int) -> int:
+        made = (GENERATORS[task](Random(idx), length) for idx in range(100))
+        return max(len(line) - 2 for problem in made for line in entries(problem.prompt[2:])[:-1])
+
+    assert longest_list("dense", 1024) >= 18 > longest_list("dfs", 1024)
 
 
 def recursive_states(graph: dict[str, list[str]], start: str) -> list[tuple[list[str], set[str]]]:
@@ -95,6 +104,19 @@ def test_a_trace_is_what_the_machine_does() -> None:
             trace.append(str(values[z]))
             label = (even, odd)[values[z] % 2]
         assert trace[: len(problem.answer.words)] == problem.answer.words
+
+
+def test_a_value_that_is_not_what_its_line_read_before_weighs_more() -> None:
+    for problem in problems("machine", 5):
+        answer = problem.answer
+        read: dict[tuple[str, int], str] = {}
+        for idx, word in enumerate(answer.words):
+            place = idx % machine.WORDS_PER_STEP
+            slot = (answer.words[idx - place], place)
+            is_new = read.setdefault(slot, word) != word
+            read[slot] = word
+            is_hard = place == 6 or (place in (2, 4) and is_new)
+            assert answer.weights[idx] == (HARD_WEIGHT if is_hard else 1)
 
 
 def test_recall_answers_with_the_latest_value_of_each_key_asked() -> None:

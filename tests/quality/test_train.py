@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from quality.batches import TASKS
 from quality.train import Plan
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -39,17 +41,27 @@ def test_two_ranks_learn_and_go_on_from_their_checkpoint(tmp_path: Path) -> None
         assert torch.equal(weights, checkpoint["model"][name].bfloat16())
 
 
-def test_learning_rates_rise_stay_and_fall_to_nothing_in_every_cycle() -> None:
+def test_learning_rates_rise_stay_and_fall_to_nothing() -> None:
     plan = Plan()
-    start = 0
-    for end, peak, falling in plan.cycles:
-        rates = [plan.rate(step) for step in range(start, end)]
-        assert rates[0] == peak / plan.warm_up
-        top = rates.index(max(rates))
-        assert top <= max(plan.warm_up, (1 - falling) * (end - start))
-        assert rates[:top] == sorted(rates[:top])
-        assert rates[top:] == sorted(rates[top:], reverse=True)
-        assert 0.9 * peak < max(rates) <= peak
-        assert rates[-1] < 1e-3
-        start = end
-    assert start == plan.steps
+    rates = [plan.rate(step) for step in range(plan.steps)]
+    highest = rates.index(1.0)
+    falls_from = len(rates) - rates[::-1].index(1.0)
+    assert rates[0] == 1 / plan.warm_up
+    assert highest == plan.warm_up - 1
+    assert rates[:highest] == sorted(rates[:highest])
+    assert set(rates[highest:falls_from]) == {1.0}
+    assert falls_from / plan.steps == pytest.approx(1 - plan.falling, abs=1e-3)
+    assert rates[falls_from:] == sorted(rates[falls_from:], reverse=True)
+    assert 0 < rates[-1] < 1e-3
+
+
+def test_every_problem_of_the_plan_is_as_long_as_its_stage_says() -> None:
+    plan = Plan()
+    lengths = [plan.length(step) for step in range(plan.steps)]
+    for (end, longest), (start, _) in zip(plan.stages[1:], plan.stages, strict=False):
+        assert max(lengths[start:end]) == longest
+    assert max(lengths[plan.late_from :]) == max(plan.lengths)
+    assert plan.stages[-1][0] == plan.late_from
+    assert plan.late[-1][0] == plan.steps
+    learned = {TASKS[task] for _, _, tasks in plan.late for task in tasks}
+    assert learned == set(TASKS) - {"copy"}

@@ -62,7 +62,7 @@ def _run(rng: Random, columns: tuple[str, ...], num_addends: int, length: int) -
         answer.memory(name, str(digit), column, str(total[column]))
         carry, total[column] = divmod(digit + total[column] + carry, 10)
         answer.form(column)
-        answer.result(str(total[column]), str(carry))
+        answer.hard(str(total[column]), str(carry))
         name = following
     answer.cut(len(prompt) + len(answer.words) - length)
     return Problem("add", [Turn(prompt, answer)])

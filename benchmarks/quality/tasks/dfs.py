@@ -19,6 +19,8 @@ from quality.vocabulary import BOS, SYMBOLS
 
 Graph = Mapping[str, Sequence[str]]
 MAX_STEP = 99
+MOST_PROMPT = 0.6
+"""Share of a problem."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,22 @@ class State:
     scan: Sequence[str]
 
 
-def generate(rng: Random, length: int) -> Problem:
-    """A problem of at most ``length`` words (step 0 of a small graph where none fits)."""
+def generate(rng: Random, length: int, extras: Sequence[float] = ()) -> Problem:
+    """A problem of at most ``length`` words (step 0 of a small graph where none fits).
+
+    Its graph has one of ``extras`` edges per node more than a tree: by default more, the longer.
+    """
     most_nodes = max(5, min(len(SYMBOLS) - 4, length // 14))
     num_nodes = (
         rng.randint(most_nodes // 2, most_nodes)
         if rng.random() < 0.7
         else (rng.randint(4, most_nodes))
     )
-    graph = random_graph(rng, num_nodes, rng.choice((0, 0.1, 0.3, 0.6, 1)) * max(1, length / 400))
+    usual = [share * max(1, length / 400) for share in (0, 0.1, 0.3, 0.6, 1)]
+    extra = rng.choice(extras or usual)
+    # A node is five words of the prompt, an edge two.
+    num_nodes = min(num_nodes, max(4, int(MOST_PROMPT * length / (5 + 2 * extra))))
+    graph = random_graph(rng, num_nodes, extra)
     start = rng.choice(list(graph))
     fitting = [0]
     so_far = len(_prompt(graph, start, 0)) + 2 * num_nodes + 4
@@ -131,7 +140,7 @@ def _prompt(graph: Graph, start: str, last_step: int) -> list[str]:
 
 def _report(answer: Answer, graph: Graph, state: State) -> None:
     """Stack from the top to the root, then every node of the graph, visited or not."""
-    answer.result("|")
+    answer.hard("|")
     node = state.node
     while node != "root":
         answer.memory(node)

@@ -49,15 +49,24 @@ def _run(rng: Random, registers: list[str], labels: list[str], length: int) -> P
     prompt += ["start", label, "?"]
     answer = Answer()
     states = set()
+    read: dict[str, tuple[int, int]] = {}  # by each line when it last ran
     while len(prompt) + len(answer.words) < length:
         state = (label, *values.values())
         if state in states:
             return None
         states.add(state)
         first, second, target, even, odd = program[label]
-        answer.memory(label, first, str(values[first]), second, str(values[second]), target)
+        answer.memory(label)
+        before = read.get(label)
+        read[label] = (values[first], values[second])
+        for slot, register in enumerate((first, second)):
+            answer.memory(register)
+            changed = before is not None and before[slot] != values[register]
+            append = answer.hard if changed else answer.memory
+            append(str(values[register]))
+        answer.memory(target)
         values[target] = (values[first] + values[second]) % 10
-        answer.result(str(values[target]))
+        answer.hard(str(values[target]))
         label = odd if values[target] % 2 else even
     answer.cut(len(prompt) + len(answer.words) - length)
     return Problem("machine", [Turn(prompt, answer)])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from quality.vocabulary import EOS
 
-RESULT_WEIGHT = 4.0
+HARD_WEIGHT = 4.0
 
 
 @dataclass
@@ -29,9 +29,10 @@ class Answer:
         """Append words that depend on what was read or written before."""
         self._append(words, graded=True)
 
-    def result(self, *words: str) -> None:
-        """Append words that are reckoned from what was read or written before: sums, carries."""
-        self._append(words, graded=True, weight=RESULT_WEIGHT)
+    def hard(self, *words: str) -> None:
+        """Append words that depend on memory and are slow to learn: those that are reckoned (sums,
+        carries), and values that are not what stood at this place before."""
+        self._append(words, graded=True, weight=HARD_WEIGHT)
 
     def end(self) -> None:
         """Append the end of the answer."""
