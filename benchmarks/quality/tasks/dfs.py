@@ -20,7 +20,7 @@ from quality.vocabulary import BOS, SYMBOLS
 Graph = Mapping[str, Sequence[str]]
 MAX_STEP = 99
 MOST_PROMPT = 0.6
-"""Share of a problem."""
+"""Share of a problem's words, about; the graph is smaller where it would need more."""
 
 
 @dataclass(frozen=True)

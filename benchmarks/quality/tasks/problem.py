@@ -30,8 +30,8 @@ class Answer:
         self._append(words, graded=True)
 
     def hard(self, *words: str) -> None:
-        """Append words that depend on memory and are slow to learn: those that are reckoned (sums,
-        carries), and values that are not what stood at this place before."""
+        """Append words that depend on memory and are few or slow to learn: sums and carries, values
+        that are not what stood at this place before, the end of a trace."""
         self._append(words, graded=True, weight=HARD_WEIGHT)
 
     def end(self) -> None:
