@@ -55,8 +55,8 @@ def test_settings_choose_scheduler_and_worker_and_travel_in_the_configuration(mo
     alone = unwrapped_config(arguments(model))
     expected = ASYNC_SCHEDULER if config.scheduler_config.async_scheduling else SCHEDULER
     assert config.scheduler_config.scheduler_cls == expected
-    assert config.parallel_config.worker_cls != alone.parallel_config.worker_cls
-    assert config.parallel_config.worker_cls.startswith("triattention_vllm.engine.worker.")
+    worker = config.parallel_config.worker_cls
+    assert worker == "triattention_vllm.engine.worker_cpu.CompressionCPUWorker"
     assert settings_of(config) == Settings(budget=1024)
     assert json.loads(json.dumps(config.additional_config)) == {
         "kv_compression": Settings(budget=1024).to_mapping()

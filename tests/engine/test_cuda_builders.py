@@ -84,11 +84,37 @@ def test_flash_attention_3_is_scheduled_by_the_shortened_lengths(
     assert built["FLASH_ATTN 2"]["fa3"] == built["FLASH_ATTN 4"]["fa3"] == []
 
 
-def test_a_backend_is_imported_only_where_vllm_chooses_it() -> None:
+@pytest.fixture(scope="module")
+def imported(model_folder: ModelFolder) -> dict[str, bool]:
+    """Whether a name was in a new process after its step; see the script."""
+    script = Path(__file__).with_name("gpu_imports_script.py")
+    folders = [*(path for path in sys.path if path), str(Path(__file__).parents[2] / "benchmarks")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(model_folder("qwen3"))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results: dict[str, bool] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+def test_a_backend_is_imported_only_where_vllm_chooses_it(imported: dict[str, bool]) -> None:
     """FlashInfer's imports a package that is not there on most machines."""
-    code = "import sys, triattention_vllm.engine.worker; print('flashinfer' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert not imported["flashinfer with the worker"]
+
+
+def test_a_gpu_process_never_imports_vllms_cpu_worker(imported: dict[str, bool]) -> None:
+    """Regression: importing it puts placeholders in the place of torch's CUDA events, streams and
+    pinned memory, and no compressed engine on a GPU could have worked.
+    """
+    assert not imported["placeholders with the configuration"]
+    assert not imported["placeholders with everything for a GPU"]
+    assert imported["placeholders with the worker of the CPU"]
 
 
 @pytest.mark.skipif(

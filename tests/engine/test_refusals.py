@@ -17,7 +17,7 @@ from triattention_vllm.config import Settings
 from triattention_vllm.engine.cli import install
 from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS
 from triattention_vllm.engine.refusals import refuse_unsupported, refuse_unsupported_layers
-from triattention_vllm.engine.worker import CPU_WORKER, GPU_WORKER, compression_worker_class
+from triattention_vllm.engine.worker_choice import CPU_WORKER, GPU_WORKER, compression_worker_class
 from triattention_vllm.errors import UnsupportedError
 
 

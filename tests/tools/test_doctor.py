@@ -124,7 +124,7 @@ def engine_report(model: Path, **changed: Any) -> dict[str, Any]:
         "architecture": "Qwen3ForCausalLM",
         "max_model_len": 32768,
         "block_size": 128,
-        "worker": "triattention_vllm.engine.worker.CompressionCPUWorker",
+        "worker": "triattention_vllm.engine.worker_cpu.CompressionCPUWorker",
         "attention_backend": None,
         "supported_backends": ["CPU_ATTN"],
         **changed,

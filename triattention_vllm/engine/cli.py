@@ -132,7 +132,7 @@ def turn_on(vllm_config: VllmConfig, settings: Settings) -> None:
     # Only now: these import parts of vLLM that an untested version may not have.
     from triattention_vllm.engine import requests
     from triattention_vllm.engine.refusals import refuse_unsupported
-    from triattention_vllm.engine.worker import compression_worker_class
+    from triattention_vllm.engine.worker_choice import compression_worker_class
 
     scheduler_config, parallel_config = vllm_config.scheduler_config, vllm_config.parallel_config
     max_model_len = vllm_config.model_config.max_model_len

@@ -1,12 +1,10 @@
 """vLLM's workers, with statistics at start-up and rounds before each step that planned some."""
 
 import itertools
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TypeAlias
 
-import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.parallel_state import get_world_group
@@ -14,7 +12,6 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -48,9 +45,8 @@ from triattention_vllm.engine.spec import (
 from triattention_vllm.engine.startup import startup_line
 from triattention_vllm.engine.statistics_source import StatisticsSource
 from triattention_vllm.engine.trace import survivor_trace
-from triattention_vllm.environment import ALLOW_UNTESTED_VLLM, allows_untested_vllm
 from triattention_vllm.errors import UnsupportedError
-from triattention_vllm.log import log_once, logger
+from triattention_vllm.log import logger
 from triattention_vllm.metrics import ROUND_TIME
 
 StepOutput: TypeAlias = ModelRunnerOutput | AsyncModelRunnerOutput | None
@@ -235,17 +231,6 @@ class CompressionWorker(Worker):
         super().execute_dummy_batch()
 
 
-class CompressionCPUWorker(CompressionWorker, CPUWorker):
-    """``CPUWorker`` that compresses."""
-
-    def __init__(self, vllm_config: VllmConfig, *args: object, **kwargs: object) -> None:
-        super().__init__(vllm_config, *args, **kwargs)
-        if torch.cpu._is_amx_tile_supported():
-            # vLLM skips its warm-up in eager mode, and a first batch of one bfloat16 token then
-            # ends in an illegal instruction.
-            torch.cpu._init_amx()
-
-
 class CompressionGPUWorker(CompressionWorker):
     """vLLM's CUDA worker that compresses; not yet run on a GPU."""
 
@@ -257,33 +242,3 @@ class CompressionGPUWorker(CompressionWorker):
             assert spec is not None, "only compressed groups have rounds"
             rounds.warm_up(group_id, spec.policy, self.kv_cache_config.num_blocks)
         return times
-
-
-CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
-WORKERS = {
-    CPU_WORKER: f"{__name__}.CompressionCPUWorker",
-    GPU_WORKER: f"{__name__}.CompressionGPUWorker",
-}
-"""vLLM's worker class -> ours."""
-
-
-def compression_worker_class(worker_cls: str, environ: Mapping[str, str]) -> str:
-    """Our worker in the place of the one that vLLM resolved for the platform.
-
-    Raises UnsupportedError where there is none, or where it has not been verified and the user
-    has not accepted that in the environment.
-    """
-    if worker_cls == GPU_WORKER:
-        found = "KV compression has not been verified on a GPU yet"
-        if not allows_untested_vllm(environ):
-            raise UnsupportedError(
-                f"{found}; set {ALLOW_UNTESTED_VLLM}=1 to try it, or start without --kv-compression"
-            )
-        log_once(logging.WARNING, f"{found}; continuing because {ALLOW_UNTESTED_VLLM} is set.")
-    if worker_cls not in WORKERS:
-        raise UnsupportedError(
-            f"KV compression has no worker for {worker_cls!r}; it runs with {sorted(WORKERS)}; "
-            "leave --worker-cls unset, or start without --kv-compression"
-        )
-    return WORKERS[worker_cls]
