@@ -1,5 +1,7 @@
 """The distribution: what a wheel and an sdist hold, and that the wheel works where only it is."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,15 +15,30 @@ import pytest
 import triattention_vllm
 
 ROOT = Path(__file__).parents[2]
+REASONER = {
+    f"triattention_vllm/reasoner/{name}"
+    for name in (
+        "calibration.txt",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "problems.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    )
+}
 SMOKE = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import triattention_vllm, triattention_kernels
 from triattention_vllm.texts import shipped_text
+from triattention_vllm.tools.reasoner import MODEL, problems
 site = pathlib.Path(sys.argv[1])
 assert pathlib.Path(triattention_vllm.__file__).is_relative_to(site)
 assert pathlib.Path(triattention_kernels.__file__).is_relative_to(site)
 assert len(shipped_text()) > 1000
+assert MODEL.is_relative_to(site)
+assert len(problems()) == 16
 from importlib.metadata import entry_points
 plugin, = [e for e in entry_points(group="vllm.general_plugins", name="triattention_vllm")
            if e.dist.locate_file("").samefile(site)]
@@ -35,7 +52,8 @@ command.load()()
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """sdist and wheel, built without a network from a copy of the tracked and new files."""
+    """sdist and wheel, built without a network from a copy of the tracked and new files, links
+    among them as links: the small reasoner lies behind one."""
     source = tmp_path_factory.mktemp("source")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -45,9 +63,9 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
         check=True,
     ).stdout
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
+        if os.path.lexists(ROOT / name):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copyfile(ROOT / name, source / name, follow_symlinks=False)
     built = tmp_path_factory.mktemp("dist")
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), str(source)],
@@ -70,9 +88,11 @@ def test_the_wheel_holds_both_packages_and_their_data(distributions: tuple[Path,
             (ROOT / "kernels", "triattention_kernels"),
         )
         for path in (folder / package).rglob("*")
-        if path.suffix in (".py", ".txt") or path.name == "py.typed"
+        if path.suffix in (".py", ".txt", ".html") or path.name == "py.typed"
     }
+    assert "triattention_vllm/tools/garage.html" in sources
     assert sources <= names
+    assert {name for name in names if "/reasoner/" in name} == REASONER
     assert not [name for name in names if name.split("/")[0] in ("tests", "kernels", "benchmarks")]
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 
