@@ -17,9 +17,9 @@ from pathlib import Path
 import matplotlib
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from tiny_model import write_tiny_model
 
 from triattention_vllm.tools.server import Server, serving
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = ROOT / "configs" / "grafana" / "kv-compression.json"

@@ -22,8 +22,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from tiny_model import write_tiny_model
+
 from triattention_vllm import __version__
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 HERE = Path(__file__).parent
 Json = dict[str, Any]

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from engine import HERE, SideProcess, conditions, side_process
-
-from triattention_vllm.tools.tiny_model import write_tiny_model
+from tiny_model import write_tiny_model
 
 Json = dict[str, Any]
 

@@ -24,11 +24,10 @@ from typing import Any
 import torch
 from engine import HERE, conditions
 from safetensors.torch import save_file
+from tiny_model import MIN_VOCAB_SIZE, write_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import normalize
-
-from triattention_vllm.tools.tiny_model import MIN_VOCAB_SIZE, write_tokenizer
 
 Json = dict[str, Any]
 Projections = tuple[Tensor, Tensor, Tensor, Tensor]

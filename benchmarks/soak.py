@@ -26,9 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from soak_checks import ASYNC, FOLDER, plugin_folder
 from soak_processes import ProcessSampler
 from soak_traffic import Traffic, learn_references
+from tiny_model import write_tiny_model
 
 from triattention_vllm.tools.server import Server, serving
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 CLIENTS = (16, 24, 32, 48, 64)
 # oneDNN keeps every primitive that it compiled for a batch of a new size, up to 1024 of them, with

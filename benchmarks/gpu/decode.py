@@ -33,8 +33,7 @@ from gpu.cases import (
 )
 from gpu.report import conditions
 from gpu.sides import EAGER, WAYS, ended_after, start_sides
-
-from triattention_vllm.tools.tiny_model import write_tokenizer
+from tiny_model import write_tokenizer
 
 Json = dict[str, Any]
 Sides = dict[str, engines.SideProcess]

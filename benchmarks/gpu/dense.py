@@ -28,6 +28,7 @@ from gpu.checks import Check
 from gpu.report import conditions
 from gpu.sides import WAYS, engine_environment, last_lines
 from observed_engine import Observed, Observer, start_engine, statistics_file
+from tiny_model import write_tiny_model
 from triattention_kernels import (
     compact_triton,
     fill_holes_triton,
@@ -38,7 +39,6 @@ from triattention_kernels import (
 
 from triattention_vllm.config import Settings
 from triattention_vllm.method.statistics import Statistics
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 Json = dict[str, Any]
 SETTINGS = {"budget": 128, "interval": 32, "window": 16}

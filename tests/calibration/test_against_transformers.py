@@ -10,6 +10,7 @@ import torch
 import transformers
 from fresh_process import run_script
 from test_dense_reference import in_float64
+from tiny_model import write_tiny_model
 from tiny_models import CONFIGS, write_model
 
 from triattention_vllm.engine.differences import (
@@ -18,7 +19,6 @@ from triattention_vllm.engine.differences import (
 )
 from triattention_vllm.method.statistics import Statistics
 from triattention_vllm.texts import shipped_text
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 MAX_MODEL_LEN = 1024
 TEXT = shipped_text()[10_000:15_000]

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_model import write_tiny_model
 
 from triattention_vllm.method.statistics import Statistics
 from triattention_vllm.tools.main import main
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 ENGINE = {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 2048, "dtype": "float32"}
 TEXT = " ".join(f"Sentence {number} has its own number." for number in range(200))

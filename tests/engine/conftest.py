@@ -8,9 +8,8 @@ import pytest
 import torch
 from dense_reference import DenseReference
 from engine_runs import ModelFolder
+from tiny_model import write_tiny_model
 from tiny_models import write_model
-
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from dense_judge import Judge
 from dense_reference import DenseReference
 from engine_runs import random_prompt
 from fresh_process import run_script
+from tiny_model import write_tiny_model
 
 from triattention_vllm.config import Settings
 from triattention_vllm.method.statistics import Statistics
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 SETTINGS = {"budget": 256, "interval": 64, "window": 32}
 BLOCK_SIZE = 32

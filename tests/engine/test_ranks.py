@@ -13,11 +13,11 @@ from dense_replay import replay
 from engine_runs import ModelFolder, random_prompt
 from fresh_process import run_script
 from observed_scores import ObservedScores
+from tiny_model import write_tiny_model
 
 from triattention_vllm.config import Settings
 from triattention_vllm.method.scorers import OBSERVING_SCORERS
 from triattention_vllm.method.statistics import Statistics
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 SMALL = {"budget": 128, "interval": 32, "window": 16}
 BLOCK_SIZE = 32

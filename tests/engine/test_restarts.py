@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 from fresh_process import run_script
-
-from triattention_vllm.tools.tiny_model import write_tiny_model
+from tiny_model import write_tiny_model
 
 SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 128, "head_dim": 32}
 

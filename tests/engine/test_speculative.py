@@ -18,12 +18,12 @@ from draft_models import (
     write_other_heads,
 )
 from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
+from tiny_model import write_tiny_model
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS
 from triattention_vllm.method.policy import Round
 from triattention_vllm.method.statistics import Statistics
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.skipif(
     not CPU_BUILD_VERIFIES_DRAFTS, reason="vLLM 0.30 on the CPU fails at its first draft by itself"

@@ -103,7 +103,7 @@ TINY_ARGUMENTS = {
 @pytest.fixture
 def tiny_folder(sides: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A model for engines that the CPU build serves."""
-    from triattention_vllm.tools.tiny_model import write_tiny_model
+    from tiny_model import write_tiny_model
 
     paths = [str(BENCHMARKS), str(ROOT), str(ROOT / "kernels")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))

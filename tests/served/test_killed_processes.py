@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tiny_model import write_tiny_model
 
 from triattention_vllm.method.statistics import Statistics
 from triattention_vllm.tools.server import Server, serving
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 ARGUMENTS = [
     "--served-model-name=tiny",

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from tiny_model import write_tiny_model
 
 from triattention_vllm.config import Settings
 from triattention_vllm.metrics import METRICS, PREFIX
 from triattention_vllm.tools.server import Server, serving
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 BLOCK_SIZE = 32

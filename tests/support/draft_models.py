@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-
-from triattention_vllm.tools.tiny_model import write_tiny_model
+from tiny_model import write_tiny_model
 
 SHARED = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
 

@@ -7,11 +7,11 @@ import torch
 import transformers
 from dense_reference import DenseReference
 from dense_replay import engine_steps, replay
+from tiny_model import write_tiny_model
 from tiny_models import write_model
 from torch import Tensor, nn
 
 from triattention_vllm.method.policy import Policy
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 NUM_TOKENS = 300
 FAMILIES = ["qwen3", "llama3", "gptj", "gpt_neox"]

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_model import concentrated_embeddings, write_tokenizer
 from transformers import PretrainedConfig
-
-from triattention_vllm.tools.tiny_model import concentrated_embeddings, write_tokenizer
 
 VOCAB_SIZE = 320
 LLAMA3_SCALING = {

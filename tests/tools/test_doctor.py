@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import write_tiny_model
 
 from triattention_vllm.child_report import run_child
 from triattention_vllm.method.statistics import Fingerprint, Statistics
 from triattention_vllm.tools import doctor
 from triattention_vllm.tools.doctor import check_engine, check_operations, check_vllm
 from triattention_vllm.tools.main import main
-from triattention_vllm.tools.tiny_model import write_tiny_model
 
 HEALTHY = {"step": "done", "vllm": "0.32.0", "platform": "cpu"}
 HEALTHY |= {"is_verified": True, "is_installed": True}

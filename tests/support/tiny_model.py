@@ -1,0 +1,1 @@
+../../benchmarks/tiny_model.py
