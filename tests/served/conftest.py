@@ -38,3 +38,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         patch.chdir(ROOT)  # the file names a text by its path in the clone
         with serving(MODEL, arguments, log_path, environment=environment) as running:
             yield running
+
+
+@pytest.fixture
+def server_to_end(server: Server) -> Server:
+    """The same one, for the test that ends it."""
+    return server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """The test that ends the server comes behind the last one that asks it, however files are
+    chosen and ordered."""
+    ending = [item for item in items if "server_to_end" in item.fixturenames]
+    others = [item for item in items if item not in ending]
+    asking = [idx for idx, item in enumerate(others) if "server" in item.fixturenames]
+    behind = asking[-1] + 1 if asking else len(others)
+    items[:] = [*others[:behind], *ending, *others[behind:]]

@@ -118,7 +118,8 @@ def test_an_abort_in_the_middle_leaves_the_other_requests_and_the_pool_alone(
     assert after == before
 
 
-def test_the_server_ends_cleanly_and_leaves_no_process(server: Server) -> None:
+def test_the_server_ends_cleanly_and_leaves_no_process(server_to_end: Server) -> None:
+    server = server_to_end
     assert server.has_processes()
     assert server.stop() == 0
     assert not server.has_processes()
