@@ -24,6 +24,8 @@ LOOKING = {
     "selection": "per_layer_per_head",
 }
 BLOCK_SIZE = 32
+LIMIT = 1500
+"""Seconds for four engines, which have taken 550 beside other work."""
 LONG_PROMPT = random_prompt(200, 3)
 
 
@@ -81,10 +83,12 @@ def looking(model_folder: ModelFolder) -> dict[str, Any]:
                 random_prompt(300, 7),
             ],
         },
+        timeout=LIMIT,
     )
     return seen
 
 
+@pytest.mark.timeout(LIMIT + 300)
 @pytest.mark.parametrize("method", OBSERVING_SCORERS)
 def test_methods_that_look_at_queries_keep_what_the_dense_reference_scores_highest(
     method: str,

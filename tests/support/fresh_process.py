@@ -82,9 +82,11 @@ def _read(receiver: Connection, said: bytearray) -> None:
             said += part
 
 
-def run_script(script: Path, job: Mapping[str, Any], **environment: str) -> Any:
+def run_script(
+    script: Path, job: Mapping[str, Any], *, timeout: float = 550, **environment: str
+) -> Any:
     """What the function ``run`` of a script returned for ``job``, see ``run_fresh``."""
-    return run_fresh(_run_script, script, dict(job), environment=environment, timeout=550)
+    return run_fresh(_run_script, script, dict(job), environment=environment, timeout=timeout)
 
 
 def _run_script(script: Path, job: dict[str, Any]) -> Any:
