@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^( *)```bash\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-EXTRAS = re.compile(r"triattention-vllm\[([\w,]+)\]")
+EXTRAS = re.compile(r"\.\[([\w,]+)\]")
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:

@@ -14,6 +14,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.cli import flags_of
+from triattention_vllm.engine.worker_choice import GPU_WORKER, compression_worker_class
+from triattention_vllm.environment import ALLOW_UNTESTED_VLLM
+from triattention_vllm.errors import UnsupportedError
 from triattention_vllm.plugin import register
 from triattention_vllm.tools.main import main
 
@@ -51,7 +54,13 @@ def test_vllm_parses_the_file_and_the_settings_are_valid(
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_file_says_how_it_is_used(file: Path) -> None:
-    assert f"--config configs/{file.name}" in file.read_text()
+    """On a GPU with the variable without which compression does not start there."""
+    text = file.read_text()
+    assert f"--config configs/{file.name}" in text
+    if file.stem != "tiny-cpu":
+        with pytest.raises(UnsupportedError, match=ALLOW_UNTESTED_VLLM):
+            compression_worker_class(GPU_WORKER, {})
+        assert f"{ALLOW_UNTESTED_VLLM}=1 vllm serve --config configs/{file.name}" in text
 
 
 @pytest.mark.parametrize(
