@@ -98,7 +98,7 @@ def measure(
     result: Json = {"model": model.name, "budget": budget, "num_requests": num_requests}
     result["shape"] = asdict(shape) | {"mode": MODE, "dtype": str(model.dtype)}
     num_sets = num_request_sets(shape, device)
-    sets = make_request_sets(shape, model.dtype, num_sets, device)
+    sets = make_request_sets(shape, budget, model.dtype, num_sets, device)
     checks = {"product": check_all(sides.product, sets[0])}
     checks["plain"] = check_plain(sides, sets[0])
     if os.environ.get("TRITON_INTERPRET") == "1":

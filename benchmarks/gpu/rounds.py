@@ -1,7 +1,7 @@
 """What the kernel benchmark works on: model shapes, and caches with requests due for a round."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,13 @@ from triattention_kernels import (
 )
 from triattention_kernels.traffic import RoundShape
 
-INTERVAL = 128  # tokens that a round evicts
-SINKS = 16  # tokens that are never candidates
+from triattention_vllm import Settings
+from triattention_vllm.method.policy import ceil_to_block
+
+DEFAULTS = Settings()
 LOGICAL_LENGTH = 32_768  # tokens of a request, for the rows that are shifted
-MODE: Selection = "per_head"
-REDUNDANCY = 0.5  # taken off the ranking
+MODE: Selection = DEFAULTS.selection
+REDUNDANCY = DEFAULTS.redundancy / 100  # taken off the ranking
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,18 @@ MODELS = (
 
 
 def round_shape(model: Model, budget: int, num_requests: int) -> RoundShape:
-    """A round at the nominal boundary, with window and sinks as by default.
+    """The first round of a request with a short prompt, as the default settings have it.
 
-    ``budget + INTERVAL`` tokens are cached; the first SINKS (whole blocks) and the window, which
-    is as long as the interval, are no candidates. Raises ValueError for a budget without any.
+    The region has whole blocks: sinks that fill one lie before it. Raises SettingsError for a
+    budget that a server refuses.
     """
-    num_source_blocks = (budget - SINKS) // model.block_size
-    num_destination_blocks = num_source_blocks - INTERVAL // model.block_size
-    if num_destination_blocks < 1:
-        raise ValueError(
-            f"budget {budget} leaves no survivors; the smallest is"
-            f" {INTERVAL + SINKS + model.block_size}"
-        )
+    settings = replace(DEFAULTS, budget=budget)
+    settings.check_block_size(model.block_size)
+    policy = settings.policy(model.block_size)
+    due = policy.due_round(budget + policy.interval, num_evicted=0, num_prompt_tokens=1)
+    assert due is not None, "budget + interval tokens are cached"
+    first_block = ceil_to_block(due.first_candidate, model.block_size) // model.block_size
+    num_source_blocks = due.end_candidate // model.block_size - first_block
     return RoundShape(
         num_requests=num_requests,
         num_layers=model.num_layers,
@@ -69,7 +71,7 @@ def round_shape(model: Model, budget: int, num_requests: int) -> RoundShape:
         rotary_dim=model.head_dim,
         block_size=model.block_size,
         num_source_blocks=num_source_blocks,
-        num_destination_blocks=num_destination_blocks,
+        num_destination_blocks=num_source_blocks - due.num_newly_evicted // model.block_size,
         element_bytes=model.dtype.itemsize,
     )
 
@@ -98,11 +100,12 @@ class RequestSet:
 
 
 def make_request_sets(
-    shape: RoundShape, dtype: torch.dtype, num_sets: int, device: str, seed: int = 0
+    shape: RoundShape, budget: int, dtype: torch.dtype, num_sets: int, device: str, seed: int = 0
 ) -> list[RequestSet]:
-    """Random keys and values, the values about as like each other as two at 60 degrees; every
+    """Rounds of ``round_shape`` for this budget, in place: destination block j is source block j.
+    Random keys and values, the values about as like each other as two at 60 degrees; every
     request's blocks are scattered over the whole pool, as they are in a server that has run for a
-    while. Rounds are in place: destination block j is source block j.
+    while.
 
     Layout: layer, block, token, KV head, key beside value (vLLM's ``LBNHC``, its default on CUDA).
     """
@@ -116,12 +119,14 @@ def make_request_sets(
     kv = PagedKV.from_blocks(storage.transpose(2, 3))
     ids = 1 + torch.randperm(num_used, generator=generator, device=device)
     rows = ids.view(num_sets, shape.num_requests, shape.num_source_blocks)
-    return [_request_set(kv, shape, source.contiguous(), generator) for source in rows]
+    num_cached = (budget + DEFAULTS.interval) // shape.block_size
+    return [_request_set(kv, shape, num_cached, source.contiguous(), generator) for source in rows]
 
 
 def _request_set(
-    kv: PagedKV, shape: RoundShape, source: Tensor, generator: torch.Generator
+    kv: PagedKV, shape: RoundShape, num_cached: int, source: Tensor, generator: torch.Generator
 ) -> RequestSet:
+    """num_cached: blocks of a request: sinks, region, window and what is newer."""
     num_requests, device = shape.num_requests, source.device
     weights = random_weights(shape, generator, device)
     batch = RoundBatch(
@@ -132,8 +137,6 @@ def _request_set(
         first_candidate=(0,) * num_requests,
         moves_forward=True,
     )
-    around = (SINKS + INTERVAL) // shape.block_size
-    num_cached = shape.num_source_blocks + around
     num_null = max(LOGICAL_LENGTH // shape.block_size - num_cached, 1)
     table = torch.zeros(num_requests, num_null + num_cached, dtype=torch.int32, device=device)
     table[:, num_null : num_null + shape.num_source_blocks] = source

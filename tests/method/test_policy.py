@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from triattention_vllm.config import Settings
 from triattention_vllm.errors import RoundError
 from triattention_vllm.method.policy import (
     Policy,
@@ -18,9 +19,7 @@ from triattention_vllm.method.policy import (
     floor_to_block,
 )
 
-DEFAULT = Policy(
-    budget=2048, interval=128, window=128, sink_tokens=16, protect="prompt", block_size=16
-)
+DEFAULT = Settings().policy(block_size=16)
 
 NAMED: list[Protect] = ["prompt", "all_prompt", "sinks"]
 PROTECT: st.SearchStrategy[Protect | int] = st.one_of(st.sampled_from(NAMED), st.integers(0, 60))
@@ -61,10 +60,10 @@ def play(policy: Policy, num_prompt_tokens: int, chunk_sizes: list[int]) -> list
 
 
 def test_the_first_rounds_of_a_request_worked_out_by_hand() -> None:
-    """B = 2048, I = W = 128, blocks of 16, a prompt of 100 tokens.
+    """By default B = 2048, I = 128, W = 512; blocks of 16, a prompt of 100 tokens.
 
-    The first round is due at 2176: evict 128 = 8 blocks; candidates are 100 to 2047 of the row,
-    1948 tokens, of which 1820 survive. The next is due 128 tokens later.
+    The first round is due at 2176: evict 128 = 8 blocks; candidates are 100 to 1663 of the row,
+    1564 tokens, of which 1436 survive. The next is due 128 tokens later.
     """
     assert DEFAULT.due_round(2175, 0, 100) is None
     first = Round(
@@ -72,14 +71,17 @@ def test_the_first_rounds_of_a_request_worked_out_by_hand() -> None:
         num_evicted_before=0,
         num_evicted_after=128,
         first_candidate=100,
-        end_candidate=2048,
-        num_survivors=1820,
+        end_candidate=1664,
+        num_survivors=1436,
     )
     assert DEFAULT.due_round(2176, 0, 100) == first
     assert first.num_newly_evicted == 128
     assert DEFAULT.due_round(2303, 128, 100) is None
     second = replace(first, nominal_boundary=2304, num_evicted_before=128, num_evicted_after=256)
     assert DEFAULT.due_round(2304, 128, 100) == second
+    # docs/architecture.md counts with the blocks of this region.
+    num_blocks = first.end_candidate // 16 - first.first_candidate // 16
+    assert (num_blocks, num_blocks - first.num_newly_evicted // 16) == (98, 90)
 
 
 def test_budgets_that_are_no_multiple_of_the_block_evict_whole_blocks() -> None:
@@ -302,7 +304,7 @@ def test_the_protected_prefix_is_within_what_start_up_reckons_with(
 def test_a_quarter_of_what_is_kept_is_the_window_and_at_most_half_of_the_budget(
     protect: Protect | int, num_prompt_tokens: int, window: int
 ) -> None:
-    policy = replace(DEFAULT, protect=protect, window="quarter")
+    policy = replace(DEFAULT, protect=protect)
     assert policy.request_window(num_prompt_tokens) == window
     due = policy.due_round(num_prompt_tokens + 4096, 0, num_prompt_tokens)
     assert due is not None

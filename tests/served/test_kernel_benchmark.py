@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from triattention_vllm import SettingsError
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROOT = BENCHMARKS.parent
 OPERATIONS = {
@@ -76,7 +78,7 @@ def test_a_tiny_run_checks_triton_and_reports_the_conditions_of_its_figures(tmp_
     for result in report["results"]:
         assert set(result["checks"]) == {"product", "plain", "triton"}
         assert {check["name"] for check in result["checks"]["triton"]} == OPERATIONS - {"round"}
-        assert result["shape"]["num_destination_blocks"] == 3
+        assert result["shape"]["num_destination_blocks"] == 8
         assert set(result["operations"]) == OPERATIONS
         for name, own in result["operations"].items():
             assert own["product"]["device_us"]["median"] > 0
@@ -199,10 +201,19 @@ def test_shapes_without_time_are_listed(kernels: ModuleType, tmp_path: Path) -> 
     assert json.loads(output.read_text(encoding="utf-8"))["skipped"] == report["skipped"]
 
 
-def test_a_budget_without_survivors_is_refused(kernels: ModuleType) -> None:
-    with pytest.raises(ValueError, match="the smallest is 160"):
-        kernels.round_shape(kernels.MODELS[0], 144, 1)
-    assert kernels.round_shape(kernels.MODELS[0], 160, 1).num_destination_blocks == 1
+def test_a_round_is_that_of_the_default_settings(kernels: ModuleType) -> None:
+    """Budget 2048, interval 128, window 512, 16 sinks: tokens 16 to 1663, and 128 of them go."""
+    shape = kernels.round_shape(kernels.MODELS[0], 2048, 1)
+    assert (shape.num_tokens, shape.num_kept) == (1648, 1648 - 128)
+    tiny = kernels.round_shape(kernels.TINY.models[0], 192, 2)
+    requests, _ = kernels.make_request_sets(tiny, 192, torch.float32, 2, "cpu")
+    assert requests.num_cached_blocks == (192 + 128) // 16
+
+
+def test_a_budget_that_a_server_refuses_is_refused(kernels: ModuleType) -> None:
+    with pytest.raises(SettingsError, match="at least 170 tokens"):
+        kernels.round_shape(kernels.MODELS[0], 169, 1)
+    assert kernels.round_shape(kernels.MODELS[0], 170, 1).num_destination_blocks > 0
 
 
 def write_wheel(path: Path, files: dict[str, bytes]) -> None:
