@@ -244,22 +244,38 @@ def line_of(result: Json) -> str:
     )
 
 
+def step_with_rounds(side: Json) -> float:
+    """Milliseconds of a decode step with its share of the rounds: ``step / (1 - share)``."""
+    step: float = side["step_ms"]["median"]
+    return step / (1 - side.get("rounds_share_of_decode", 0.0))
+
+
 def markdown_table(report: Json) -> str:
     """The figures of a report as the README shows them."""
     rows = [
-        "| context x requests | decode step, full | compressed | blocks held, full | compressed "
-        "| rounds' share of decode |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| context x requests | prefill, full | compressed | decode step, full | compressed "
+        "| with its rounds | rounds' share | blocks held, full | compressed |",
+        f"|{' --- |' * 9}",
     ]
     for result in report["results"]:
         full, ours = result["full"], result["compressed"]
         rows.append(
             f"| {result['context'] // 1024}k x {result['num_requests']} "
+            f"| {full['prefill']['seconds']:.1f} s | {ours['prefill']['seconds']:.1f} s "
             f"| {full['step_ms']['median']:.1f} ms | {ours['step_ms']['median']:.1f} ms "
-            f"| {full['most_blocks_held']} | {ours['most_blocks_held']} "
-            f"| {ours['rounds_share_of_decode']:.1%} |"
+            f"| {step_with_rounds(ours):.1f} ms | {ours['rounds_share_of_decode']:.1%} "
+            f"| {full['most_blocks_held']} | {ours['most_blocks_held']} |"
         )
     return "\n".join(rows)
+
+
+def measured_at(report: Json) -> str:
+    """When, of what and with which lengths, as the documents say it beside the figures; a window
+    that is not named is the default."""
+    conditions, size = report["conditions"], report["conditions"]["size"]
+    given = size.get("settings", size)
+    lengths = [f"{name} {given[name]}" for name in ("interval", "window") if name in given]
+    return ", ".join([conditions["date"][:10], f"commit {conditions['commit']}", *lengths])
 
 
 def run(size: Size, output: Path) -> None:

@@ -97,18 +97,21 @@ def measure(sides: dict[str, SideProcess], size: Size, chat: tuple[int, int], se
 
 
 def markdown_table(report: Json) -> str:
-    """The figures of a report as the documents show them."""
+    """The figures of a report as the documents show them: medians, tokens and milliseconds."""
     rows = [
         "| prompt + answer of turn one | prompt of turn two | hits, full | compressed "
-        "| computed, full | compressed |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| computed, full | compressed | first token, full | compressed |",
+        f"|{' --- |' * 8}",
     ]
     for result in report["results"]:
         total = result["second_prompt_tokens"]
-        hits = [median(result[name]["hit_tokens"]) for name in ("full", "compressed")]
+        sides = [result[name] for name in ("full", "compressed")]
+        hits = [median(side["hit_tokens"]) for side in sides]
+        first = [f"{median(side['first_token_ms']):.0f} ms" for side in sides]
         rows.append(
             f"| {result['prompt_tokens']} + {result['answer_tokens']} | {total} "
-            f"| {hits[0]} | {hits[1]} | {total - hits[0]} | {total - hits[1]} |"
+            f"| {hits[0]} | {hits[1]} | {total - hits[0]} | {total - hits[1]} "
+            f"| {first[0]} | {first[1]} |"
         )
     return "\n".join(rows)
 

@@ -281,6 +281,12 @@ def row(result: Json) -> str:
     return f"| {result['method']} | {result['budget'] or ''} | {shares[0]} | {shares[1]} |"
 
 
+def markdown_table(report: Json) -> str:
+    """The figures of a report as docs/features.md shows them."""
+    rows = ["| method | budget | dense | hybrid |", "| --- | --- | --- | --- |"]
+    return "\n".join([*rows, *map(row, report["results"])])
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -94,12 +94,18 @@ def test_the_plan_prints_what_the_page_shows(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_readmes_known_case_is_the_plans() -> None:
-    """The page on operations is held against the command; the README against the page."""
+    """The configuration is held against the command by the tests of configs/, and the page on
+    operations by the test above; the README against both."""
+    config = (ROOT / "configs" / "reasoning-24gb.yaml").read_text(encoding="utf-8")
+    assert "ends near 12,600 tokens" in config
+    assert "\nmax-model-len: 40960\n" in config
+    assert "\nmax-num-seqs: 3\n" in config
+    assert "  budget: 3072\n" in config
     assert "hits the wall at 23824 tokens" in OPERATIONS
-    assert "may have 40960 tokens" in OPERATIONS
     assert "32768                2048    0                  201    7" in OPERATIONS
-    assert "ends at 23,824 tokens" in README
-    assert "full 40,960, seven at once" in README
+    assert "ends near 12,600 tokens with full attention; with a budget of 3072" in README
+    assert "full 40,960, three at once ([the configuration](configs/reasoning-24gb.yaml))" in README
+    assert "ends at 23,824, and seven fit" in README
 
 
 def test_the_table_of_the_authors_variables_is_generated() -> None:
@@ -127,10 +133,9 @@ def test_the_first_sentence_is_that_of_the_result_file() -> None:
     """Its five numbers are those of one row of the table, which is generated from the file."""
     first = next(line for line in README.splitlines() if line and not line.startswith("#"))
     (row,) = [line for line in README.splitlines() if line.startswith("| 16k x 4 |")]
-    _, *steps, full, compressed, rounds = [cell.strip() for cell in row.strip("|").split("|")]
-    slow, fast = (round(float(step.split()[0])) for step in steps)
-    with_rounds = float(steps[1].split()[0]) / (1 - float(rounds.rstrip("%")) / 100)
+    _, _, _, *steps, _, full, compressed = [cell.strip() for cell in row.strip("|").split("|")]
+    slow, fast, with_rounds = (round(float(step.split()[0])) for step in steps)
     assert first.startswith(
         f"Four requests of 16,384 tokens hold {compressed} KV blocks instead of {full}, "
-        f"and a decode step takes {fast} ms instead of {slow} ({with_rounds:.0f} with its share"
+        f"and a decode step takes {fast} ms instead of {slow} ({with_rounds} with its share"
     )

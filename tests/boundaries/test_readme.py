@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from math import ceil, floor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from feature_table import NOTES, STATUSES, TESTS, Proof, markdown_table, proofs,
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SIDES = ("full", "compressed")
+
+
+def report_of(name: str) -> Any:
+    """A file of benchmarks/results."""
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
 
 
 def benchmark(name: str) -> Any:
@@ -27,15 +34,43 @@ def benchmark(name: str) -> Any:
     [
         ("engine", "engine_cpu.json", "README.md"),
         ("multi_turn", "multi_turn.json", "docs/features.md"),
+        ("needle", "needle.json", "docs/features.md"),
     ],
 )
 def test_the_figures_of_a_benchmark_are_those_of_its_result_file(
     script: str, result: str, document: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And beside them stand the commit and the lengths that they were measured with."""
     # One benchmark uses another that lies beside it.
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    report = json.loads((ROOT / "benchmarks" / "results" / result).read_text())
-    assert benchmark(script).markdown_table(report) in (ROOT / document).read_text()
+    report, text = report_of(result), (ROOT / document).read_text()
+    assert benchmark(script).markdown_table(report) in text
+    assert benchmark("engine").measured_at(report) in " ".join(text.split())
+
+
+def test_what_rounds_took_without_redundancy_is_that_of_its_result_file() -> None:
+    engine, now = benchmark("engine"), report_of("engine_cpu.json")
+    before = report_of("engine_cpu_without_redundancy.json")
+    assert before["conditions"]["size"] == now["conditions"]["size"]
+    assert engine.measured_at(before) in README
+    shares = [
+        100 * result["compressed"]["rounds_share_of_decode"]
+        for result in before["results"]
+        if result["num_requests"] == 4
+    ]
+    assert f"they took {floor(min(shares))} to {ceil(max(shares))} %" in README
+    full, ours = (before["results"][-1][side]["prefill"]["seconds"] for side in SIDES)
+    assert f"the longest prefill {ours:.1f} s where full attention took {full:.1f} " in README
+
+
+def test_where_the_readme_says_that_compression_loses_it_does() -> None:
+    engine, results = benchmark("engine"), report_of("engine_cpu.json")["results"]
+    just_above = [result for result in results if result["context"] == 2048]
+    assert len(just_above) == 2
+    assert "with 2k tokens the step and its rounds take longer than full attention's" in README
+    for result in just_above:
+        full, ours = (engine.step_with_rounds(result[side]) for side in SIDES)
+        assert full < ours
 
 
 def test_the_commands_that_the_readme_shows_exist() -> None:
