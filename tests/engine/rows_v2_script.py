@@ -61,8 +61,7 @@ def rows_after_rounds(num_groups: int) -> dict[str, Any]:
         ),
     )
     rows = RowsV2(runner)
-    rows.write(plan_of("q", num_groups - 1, 11))
-    rows.write(plan_of("r", num_groups - 1, 51))
+    rows.write([plan_of("q", num_groups - 1, 11), plan_of("r", num_groups - 1, 51)])
     for index, block in ((0, 16), (1, 56), (2, 96)):
         tables.append_block_ids(index, ([block],) * num_groups, overwrite=False)
     tables.apply_staged_writes()

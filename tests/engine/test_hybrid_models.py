@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from triattention_vllm.engine.differences import (
 from triattention_vllm.method.statistics import Statistics
 
 SMALL = {"budget": 128, "interval": 32, "window": 16}
+PRESSED = {**SMALL, "when": "pressure", "pressure_start": 1, "pressure_stop": 0}
+"""Rounds of all requests before any of them takes a block of the step."""
 LONG_PROMPT = 230
 LINEAR = {"budget": 480, "interval": 96, "window": 32}
 """For blocks of 128 tokens, which hold a linear state."""
@@ -27,7 +30,7 @@ def replayed(
     run: EngineRun,
     request: RequestRun,
     dense: DenseReference,
-    settings: dict[str, int],
+    settings: dict[str, Any],
     tolerance: float = 1e-4,
 ) -> Replay:
     assert run.statistics is not None
@@ -62,12 +65,13 @@ def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Rep
 
 
 @pytest.mark.parametrize(
-    ("family", "groups"),
+    ("family", "groups", "settings"),
     [
-        ("gemma3", [[0, 2], [1, 3]]),
+        ("gemma3", [[0, 2], [1, 3]], PRESSED),
         pytest.param(
             "gpt_oss",
             [[0, 1]],
+            SMALL,
             marks=pytest.mark.skipif(
                 not CPU_SINKS_MAY_BE_FLOAT32,
                 reason="vLLM itself fails at float32 sinks before 0.31",
@@ -76,6 +80,7 @@ def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Rep
         pytest.param(
             "smollm3",
             [[0, 1, 2, 3]],
+            SMALL,
             marks=pytest.mark.skipif(
                 not TRANSFORMERS_LAYERS_ARE_IN_THE_TREE, reason="refused before vLLM 0.30"
             ),
@@ -85,17 +90,22 @@ def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Rep
 def test_full_attention_layers_are_compressed_and_the_others_left_alone(
     family: str,
     groups: list[list[int]],
+    settings: dict[str, Any],
     model_folder: ModelFolder,
     reference: Callable[[Path], DenseReference],
     text: str,
 ) -> None:
     """Regression: sliding-window groups were compacted through their null blocks. The requests are
-    sent twice; the second time the prompts come from the prefix cache of both kinds of layers."""
-    run = hybrid_run(model_folder(family), text)
+    sent twice; the second time the prompts come from the prefix cache of both kinds of layers, and
+    the first request is 64 tokens ahead of the second. Regression: where two groups are compressed,
+    the blocks that its third round frees in one group were written by the second request's first
+    round in the other group before they were read."""
+    run = hybrid_run(model_folder(family), text, settings)
     assert run.groups == groups
+    assert bool(run.num_handed_over) == (len(groups) > 1)
     dense = reference(model_folder(family))
     for request in run.requests:
-        result = replayed(run, request, dense, SMALL)
+        result = replayed(run, request, dense, settings)
         assert len(result.rounds) >= 3
         if request.num_prompt < LONG_PROMPT:
             assert_no_worse_than_before_the_first_round(request, result)
@@ -110,7 +120,7 @@ def test_full_attention_layers_are_compressed_and_the_others_left_alone(
 @pytest.mark.skipif(TRANSFORMERS_LAYERS_ARE_IN_THE_TREE, reason="not refused since vLLM 0.30")
 def test_models_whose_layers_vllm_hides_are_refused(model_folder: ModelFolder, text: str) -> None:
     with pytest.raises(ProcessError, match="Transformers backend, which through 0.29 does not say"):
-        hybrid_run(model_folder("smollm3"), text)
+        hybrid_run(model_folder("smollm3"), text, SMALL)
 
 
 @pytest.mark.feature("Linear-attention layers", "works")
@@ -167,16 +177,15 @@ def mean_error(
     return sum(errors) / len(errors)
 
 
-def hybrid_run(folder: Path, text: str, **engine: str) -> EngineRun:
+def hybrid_run(folder: Path, text: str, settings: dict[str, Any]) -> EngineRun:
     return run_engine(
         folder,
-        [random_prompt(n, n) for n in (50, 90, LONG_PROMPT)],
-        [190, 150, 80],
-        {**SMALL, "calibration_text": text},
+        [random_prompt(n, n) for n in (114, 50, LONG_PROMPT)],
+        [130, 190, 80],
+        {**settings, "calibration_text": text},
         max_model_len=1024,
         max_num_batched_tokens=64,
         repeat=2,
-        **engine,
     )
 
 

@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 from triattention_vllm.engine.kv_manager import RoundPlan
-from triattention_vllm.engine.rounds import batches
+from triattention_vllm.engine.rounds import batches, runs
 
 
 def plan_of(name: str, source: range, num_kept: int) -> RoundPlan:
@@ -58,8 +58,31 @@ def test_no_batch_of_any_step_is_larger_than_the_bound_unless_it_is_one_request(
                 assert len(more) * max(len(plan.source_blocks) for plan in more) > most
 
 
-def test_a_plan_that_writes_what_an_earlier_one_reads_waits_for_its_batch() -> None:
+def names_of_runs(plans: list[RoundPlan]) -> list[dict[int, list[str]]]:
+    return [
+        {group: [plan.request_id for plan in own] for group, own in run.items()}
+        for run in runs(plans)
+    ]
+
+
+def test_a_plan_that_writes_what_an_earlier_one_reads_waits_for_it_whatever_its_group() -> None:
+    """Regression: only plans of one group were held against each other, and block 3 is the same
+    bytes in all of them."""
     reader, writer = plan_of("reader", range(1, 4), 2), plan_of("writer", range(5, 8), 2)
     moved = replace(writer, destination_blocks=(5, 3))
-    assert names([reader, writer], 100) == [["reader", "writer"]]
-    assert names([reader, moved], 100) == [["reader"], ["writer"]]
+    assert names_of_runs([reader, writer]) == [{0: ["reader", "writer"]}]
+    assert names_of_runs([reader, moved]) == [{0: ["reader"]}, {0: ["writer"]}]
+    in_another = replace(moved, group_id=1)
+    assert names_of_runs([reader, in_another]) == [{0: ["reader"]}, {1: ["writer"]}]
+    first = replace(reader, group_id=1)
+    assert names_of_runs([first, moved]) == [{1: ["reader"]}, {0: ["writer"]}]
+
+
+def test_a_common_step_of_several_groups_is_one_run_and_keeps_its_batches() -> None:
+    plans = [
+        replace(plan_of(name, range(first + 10 * group, first + 10 * group + 4), 2), group_id=group)
+        for name, first in (("a", 100), ("b", 200))
+        for group in (0, 1)
+    ]
+    assert names_of_runs(plans) == [{0: ["a", "b"], 1: ["a", "b"]}]
+    assert names_of_runs([]) == []

@@ -8,13 +8,18 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunnerV2
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.utils import AttentionGroup
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.attention import ShiftedRows, unquantised
 from triattention_vllm.engine.differences import BLOCKS_ARE_SPLIT_IN_GROUPS
+from triattention_vllm.engine.drafts import draft_attention_groups
 from triattention_vllm.engine.null_heads import NullHeads
+from triattention_vllm.engine.rows import RowsV2
 from triattention_vllm.engine.spec import CompressedAttentionSpec
+from triattention_vllm.engine.worker import CompressionGPUWorker
 
 BLOCK_SIZE = 4
 CONFIG = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=4))
@@ -141,14 +146,11 @@ class SplittingBackend:
         return type("B", (Builder,), {"requires_block_table_width": False})
 
 
-@pytest.mark.skipif(
-    not BLOCKS_ARE_SPLIT_IN_GROUPS, reason="refused before vLLM 0.32, whose rows differ"
-)
-def test_rows_of_blocks_that_vllm_splits_lose_every_part_of_a_null_block() -> None:
-    """vLLM's own attention group maps rows of the manager's blocks to kernel blocks: a null block
-    becomes entries 0 and 1, and block b becomes 2b and 2b + 1."""
-    manager = 2 * BLOCK_SIZE
-    base = FullAttentionSpec(block_size=manager, num_kv_heads=1, head_size=8, dtype=torch.float32)
+def split_group(manager_block_size: int) -> AttentionGroup:
+    """vLLM's own, whose kernel takes smaller blocks than the manager's."""
+    base = FullAttentionSpec(
+        block_size=manager_block_size, num_kv_heads=1, head_size=8, dtype=torch.float32
+    )
     spec = CompressedAttentionSpec.from_full_attention(base, Settings(), 16)
     config = SimpleNamespace(
         scheduler_config=CONFIG.scheduler_config,
@@ -159,6 +161,17 @@ def test_rows_of_blocks_that_vllm_splits_lose_every_part_of_a_null_block() -> No
     )
     group = AttentionGroup(SplittingBackend, ["layer"], spec, 0)
     group.create_metadata_builders(config, torch.device("cpu"), kernel_block_size=BLOCK_SIZE)
+    return group
+
+
+@pytest.mark.skipif(
+    not BLOCKS_ARE_SPLIT_IN_GROUPS, reason="refused before vLLM 0.32, whose rows differ"
+)
+def test_rows_of_blocks_that_vllm_splits_lose_every_part_of_a_null_block() -> None:
+    """vLLM's own attention group maps rows of the manager's blocks to kernel blocks: a null block
+    becomes entries 0 and 1, and block b becomes 2b and 2b + 1."""
+    manager = 2 * BLOCK_SIZE
+    group = split_group(manager)
     (split,) = group.metadata_builders
     assert split.kv_cache_spec.block_size == BLOCK_SIZE
     split.null_heads = NullHeads(manager)
@@ -169,6 +182,30 @@ def test_rows_of_blocks_that_vllm_splits_lose_every_part_of_a_null_block() -> No
     assert after.max_seq_len == 13
     assert after.block_table_tensor[0, :4].tolist() == [6, 7, 10, 11]
     assert after.block_table_tensor[1, :3].tolist() == [2, 3, 4]
+
+
+@pytest.mark.skipif(
+    not BLOCKS_ARE_SPLIT_IN_GROUPS, reason="refused before vLLM 0.32, whose rows differ"
+)
+def test_the_draft_model_of_model_runner_v2_loses_whole_null_blocks_too() -> None:
+    """Regression: its groups were not told the size of the manager's blocks, so that it read the
+    null block's second half as tokens. vLLM's classes without what needs a GPU; its drafts are
+    built without request indices."""
+    manager = 2 * BLOCK_SIZE
+    groups = [split_group(manager) for _ in ("model", "draft")]
+    worker = CompressionGPUWorker.__new__(CompressionGPUWorker)
+    worker.model_runner = ModelRunnerV2.__new__(ModelRunnerV2)
+    worker.model_runner.attn_groups = [[groups[0]]]
+    worker.model_runner.speculator = EagleSpeculator.__new__(EagleSpeculator)
+    worker.model_runner.speculator.attn_groups = [[groups[1]]]
+    worker.rows, worker.null_heads = RowsV2(worker.model_runner), {}
+    worker._share_null_heads()
+    worker.null_heads[0].begin_step({"a": 2})
+    after = groups[1].build_metadata(metadata([[0, 0, 3, 5], [1, 2]], [29, 10]))
+    assert after.seq_lens.tolist() == [13, 10]
+    assert after.block_table_tensor[0, :4].tolist() == [6, 7, 10, 11]
+    worker.model_runner.speculator = None
+    assert draft_attention_groups(worker.model_runner) == []
 
 
 def test_quantised_queries_are_observed_as_the_model_computed_them() -> None:

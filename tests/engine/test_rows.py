@@ -13,6 +13,7 @@ import pytest
 import torch
 from table_arguments import kernel_block_sizes
 from vllm.v1.worker.block_table import MultiGroupBlockTable
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from triattention_vllm.engine.differences import BLOCKS_ARE_SPLIT_IN_GROUPS
 from triattention_vllm.engine.kv_manager import RoundPlan
@@ -51,6 +52,7 @@ def runner_with(rows: dict[str, list[int]], in_batch: list[str]) -> Any:
         input_batch=SimpleNamespace(
             req_id_to_index={key: i for i, key in enumerate(in_batch)}, block_table=tables
         ),
+        prepare_inputs_event=None,
     )
 
 
@@ -60,7 +62,7 @@ def test_runner_v1_gets_the_row_in_its_state_and_in_its_batch(plan: RoundPlan) -
     runner = runner_with(rows, ["other", "planned"])
     runner.input_batch.block_table.swap_row(0, 1)
     runner.input_batch.req_id_to_index = {"planned": 0, "other": 1}
-    RowsV1(runner).write(plan)
+    RowsV1(runner).write([plan])
     assert runner.requests["planned"].block_ids[0] == [0, 0, 11, 31, 15]
     assert runner.requests["other"].block_ids[0] == [21, 22]
     table = runner.input_batch.block_table[0].block_table.np
@@ -70,9 +72,34 @@ def test_runner_v1_gets_the_row_in_its_state_and_in_its_batch(plan: RoundPlan) -
 def test_runner_v1_keeps_the_row_of_a_request_that_is_out_of_the_batch(plan: RoundPlan) -> None:
     rows = {"other": [21, 22], "planned": [11, 12, 13, 14, 15]}
     runner = runner_with(rows, ["other"])
-    RowsV1(runner).write(plan)
+    RowsV1(runner).write([plan])
     assert runner.requests["planned"].block_ids[0] == [0, 0, 11, 31, 15]
     assert runner.input_batch.block_table[0].block_table.np[0, :2].tolist() == [21, 22]
+
+
+def test_runner_v1_waits_until_the_rows_of_the_step_before_are_uploaded(plan: RoundPlan) -> None:
+    """Regression: a row was rewritten while the device could still be reading it."""
+    runner = runner_with({"planned": [11, 12, 13, 14, 15]}, ["planned"])
+    written = runner.input_batch.block_table[0].block_table.np
+    waits: list[list[int]] = []
+    runner.prepare_inputs_event = SimpleNamespace(
+        synchronize=lambda: waits.append(written[0, :5].tolist())
+    )
+    RowsV1(runner).write([plan, plan])
+    assert waits == [[11, 12, 13, 14, 15]], "one wait, before the first write"
+    assert written[0, :5].tolist() == [0, 0, 11, 31, 15]
+
+
+def test_runner_v1_records_that_event_behind_its_own_uploads() -> None:
+    """vLLM's own method; what it yields to fills and uploads the rows."""
+    calls: list[str] = []
+    event = SimpleNamespace(
+        synchronize=lambda: calls.append("wait"), record=lambda: calls.append("record")
+    )
+    runner: Any = SimpleNamespace(prepare_inputs_event=event)
+    with GPUModelRunner.synchronize_input_prep(runner):
+        calls.append("upload")
+    assert calls == ["wait", "upload", "record"]
 
 
 @pytest.mark.skipif(

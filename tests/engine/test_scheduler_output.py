@@ -18,7 +18,7 @@ def world_with_a_plan() -> tuple[PoolWorld, RoundPlan]:
         world.step()
     world.settle()
     world.kv.allocate_slots(world.live["r"].request, 1)
-    return world, world.manager.pending_plans["r"]
+    return world, world.manager.pending_plans["r", 0]
 
 
 def test_a_step_without_rounds_keeps_vllms_output() -> None:

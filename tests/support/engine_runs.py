@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class EngineRun:
     block_size: of the compressed groups, or of the first one; group_block_sizes: of all.
     groups: rows of ``RequestRun.kept`` that belong to each compressed group.
     longest_hashed: tokens of the longest prefix that any block of any group has a hash for.
+    num_handed_over: pairs of plans of one step whose later one writes a block that the earlier one,
+    of a group with a higher number, reads.
     """
 
     requests: list[RequestRun]
@@ -50,6 +53,7 @@ class EngineRun:
     ref_counts: list[int]
     groups: list[list[int]]
     longest_hashed: int
+    num_handed_over: int
 
 
 @dataclass
@@ -192,6 +196,7 @@ class _Recorder:
         self.starts: dict[str, list[int]] = {}
         self.drafts: dict[str, list[list[int]]] = {}
         self.num_preemptions = 0
+        self.num_handed_over = 0
 
     def _observe(self, group_id: int, rounds: Any) -> None:
         from vllm.model_executor.models.utils import extract_layer_index
@@ -221,6 +226,11 @@ class _Recorder:
         def schedule(*args: Any) -> Any:
             output = original(*args)
             self.num_preemptions += len(output.preempted_req_ids or ())
+            self.num_handed_over += sum(
+                earlier.group_id > later.group_id
+                and not set(earlier.source_blocks).isdisjoint(later.destination_blocks)
+                for earlier, later in combinations(vars(output).get("round_plans", ()), 2)
+            )
             manager = self.managers[0]
             for request_id, num_tokens in output.num_scheduled_tokens.items():
                 computed = self.scheduler.requests[request_id].num_computed_tokens
@@ -270,6 +280,7 @@ class _Recorder:
             block_size=self.managers[0].block_size,
             group_block_sizes=[manager.block_size for manager in self.all_managers],
             ref_counts=[block.ref_cnt for block in pool.blocks[1:]],
+            num_handed_over=self.num_handed_over,
             longest_hashed=max(block.block_hash_num_tokens or 0 for block in pool.blocks),
             groups=[
                 [row for row, (_, own) in enumerate(self.layers) if own == group_id]

@@ -1,47 +1,62 @@
 """vLLM's real KVCacheManager and BlockPool under a small scheduler, with a memory that tells.
 
-Every slot of the simulated device memory remembers which token was written into it, so after
-any sequence of requests, rounds, aborts and preemptions a row can be read back and compared
-with what its request must hold.
+Every slot of the simulated device memory remembers which token of which group was written into
+it, so after any sequence of requests, rounds, aborts and preemptions a row can be read back and
+compared with what its request must hold. As in vLLM, block ``b`` of one group is the same memory as
+block ``b`` of another.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-from triattention_kernels import forward_groups
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request, RequestStatus
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.kv_manager import RoundPlan, end_hashing_at_rounds
+from triattention_vllm.engine.kv_manager import RoundPlan, join_groups
 from triattention_vllm.engine.pressure import PoolPressure
 from triattention_vllm.engine.requests import keep_servable
+from triattention_vllm.engine.rounds import runs
 from triattention_vllm.engine.spec import CompressedAttentionSpec
 from triattention_vllm.request import Capacity
 
-Token = tuple[int, int]
-"""(position, hash of the tokens up to it): equal for equal prefixes of different requests."""
+Token = tuple[int, int, int]
+"""(group, position, hash of the tokens up to it): equal for equal prefixes of requests."""
+
+SLIDING_WINDOW = 10
+"""Tokens that layers with a window read, where a world has some beside compressed ones."""
 
 
 @dataclass
 class Live:
-    """A running request: what it must hold in the cache, in order."""
+    """A running request: what it must hold in the cache of each compressed group, in order."""
 
     request: Request
-    cached: list[Token] = field(default_factory=list)
+    of_group: list[list[Token]] = field(default_factory=list)
     num_rounds: int = 0
     in_flight: list[int] = field(default_factory=list)
     num_hits: int = 0
 
+    @property
+    def cached(self) -> list[Token]:
+        """What it must hold in the first group."""
+        return self.of_group[0]
+
 
 class PoolWorld:
     """``settings`` over ``num_blocks`` blocks; ``depth`` steps may be in flight at once, and all
-    requests of a step share ``max_batched`` tokens."""
+    requests of a step share ``max_batched`` tokens. Of ``num_groups`` compressed groups above one
+    there is a group with a sliding window beside them, as in the models that have several."""
 
     def __init__(
         self,
@@ -53,16 +68,31 @@ class PoolWorld:
         depth: int = 1,
         max_batched: int = 64,
         max_model_len: int = 1 << 20,
+        num_groups: int = 1,
     ) -> None:
         init_none_hash(sha256)
         base = FullAttentionSpec(
             block_size=block_size, num_kv_heads=1, head_size=8, dtype=torch.float32
         )
         spec = CompressedAttentionSpec.from_full_attention(base, settings, depth * max_batched)
+        specs: list[FullAttentionSpec | SlidingWindowSpec] = [spec] * num_groups
+        if num_groups > 1:
+            specs.append(
+                SlidingWindowSpec(
+                    block_size=block_size,
+                    num_kv_heads=1,
+                    head_size=8,
+                    dtype=torch.float32,
+                    sliding_window=SLIDING_WINDOW,
+                )
+            )
         config = KVCacheConfig(
             num_blocks=num_blocks,
             kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(layer_names=["layer"], kv_cache_spec=spec)],
+            kv_cache_groups=[
+                KVCacheGroupSpec(layer_names=[f"layer {i}"], kv_cache_spec=one)
+                for i, one in enumerate(specs)
+            ],
         )
         self.kv = KVCacheManager(
             config,
@@ -72,17 +102,20 @@ class PoolWorld:
             max_in_flight_tokens=depth * max_batched,
             enable_caching=prefix_caching,
         )
-        (manager,) = end_hashing_at_rounds(self.kv.coordinator)
-        self.manager = manager
+        self.all_managers = self.kv.coordinator.single_type_managers
+        self.managers = join_groups(self.kv.coordinator)
+        self.manager = self.managers[0]
         self.requests: dict[str, Request] = {}
-        manager.requests = self.requests
+        for manager in self.managers:
+            manager.requests = self.requests
         self.pool = self.kv.block_pool
         self.settings = settings
-        self.capacity = Capacity(num_blocks - 1, block_size, max_model_len, depth * max_batched)
+        own_blocks = (num_blocks - 1) // len(specs)
+        self.capacity = Capacity(own_blocks, block_size, max_model_len, depth * max_batched)
         self.pressure = None
         if settings.pressure is not None:
             self.pressure = PoolPressure(
-                settings.pressure, [manager], self.pool, [manager], max_batched, 0
+                settings.pressure, self.managers, self.pool, self.all_managers, max_batched, 0
             )
         self.block_size = block_size
         self.depth = depth
@@ -134,11 +167,10 @@ class PoolWorld:
         plans = self.manager.take_plans()
         self.plans += plans
         # Raises where no order of launches would read everything before it is overwritten.
-        forward_groups(
-            [plan.source_blocks for plan in plans], [plan.destination_blocks for plan in plans]
-        )
-        for plan in plans:
-            self._run(plan)
+        for run in runs(plans):
+            for group_id in reversed(run):
+                for plan in reversed(run[group_id]):
+                    self._run(plan)
         for live, num_new in scheduled:
             if live.request.request_id in self.live:
                 self._write(live, num_new)
@@ -196,7 +228,10 @@ class PoolWorld:
         request.num_computed_tokens = num_hits
         live.num_hits = num_hits
         request.status = RequestStatus.RUNNING
-        live.cached = [self._token(request, position) for position in range(num_hits)]
+        live.of_group = [
+            [self._token(request, position, group) for position in range(num_hits)]
+            for group in range(len(self.managers))
+        ]
         self.live[request.request_id] = live
         self.token_budget -= num_new
         scheduled.append((live, num_new))
@@ -204,7 +239,8 @@ class PoolWorld:
 
     def _preempt(self, live: Live) -> None:
         self.num_preemptions += 1
-        if self.pressure is not None and not self.manager.num_deferred_rounds:
+        num_deferred = sum(manager.num_deferred_rounds for manager in self.managers)
+        if self.pressure is not None and not num_deferred:
             assert not any(map(self.is_round_due, self.live.values())), "compress before preempting"
         request = live.request
         del self.live[request.request_id]
@@ -225,8 +261,8 @@ class PoolWorld:
             policy.due_round(num_committed, num_evicted, request.num_prompt_tokens)
         )
 
-    def _token(self, request: Request, position: int) -> Token:
-        return position, hash(tuple(request.all_token_ids[: position + 1]))
+    def _token(self, request: Request, position: int, group: int) -> Token:
+        return group, position, hash(tuple(request.all_token_ids[: position + 1]))
 
     def _run(self, plan: RoundPlan) -> None:
         """What a worker does, with an arbitrary selection: keep the region's last tokens."""
@@ -238,21 +274,24 @@ class PoolWorld:
         kept = region[: plan.first_candidate] + region[len(region) - num_survivors :]
         for i, token in enumerate(kept):
             self.memory[plan.destination_blocks[i // size], i % size] = token
-        start = live.cached.index(region[0])
-        assert live.cached[start : start + len(region)] == region
-        live.cached[start : start + len(region)] = kept
-        live.num_rounds += 1
+        cached = live.of_group[plan.group_id]
+        start = cached.index(region[0])
+        assert cached[start : start + len(region)] == region
+        cached[start : start + len(region)] = kept
+        live.num_rounds += plan.group_id == 0
 
     def _write(self, live: Live, num_new: int) -> None:
         request = live.request
-        row = self.manager.req_to_blocks[request.request_id]
         first = request.num_computed_tokens
-        for position in range(first, first + num_new):
-            block = row[position // self.block_size]
-            assert not block.is_null
-            token = self._token(request, position)
-            self.memory[block.block_id, position % self.block_size] = token
-            live.cached.append(token)
+        for group, manager in enumerate(self.all_managers):
+            row = manager.req_to_blocks[request.request_id]
+            for position in range(first, first + num_new):
+                block = row[position // self.block_size]
+                assert not block.is_null
+                token = self._token(request, position, group)
+                self.memory[block.block_id, position % self.block_size] = token
+                if manager in self.managers:
+                    live.of_group[group].append(token)
         request.num_computed_tokens += num_new
         request.num_in_flight_tokens += num_new
         live.in_flight.append(num_new)
@@ -260,16 +299,30 @@ class PoolWorld:
     def check_invariants(self) -> None:
         """Every invariant of the rows and the pool, and every cached token in its place."""
         holders: Counter[int] = Counter()
-        for request_id, row in self.manager.req_to_blocks.items():
-            num_null = self.manager.num_null_blocks.get(request_id, 0)
-            assert [block.is_null for block in row] == [i < num_null for i in range(len(row))]
-            holders.update(block.block_id for block in row[num_null:])
+        for manager in self.all_managers:
+            for request_id, row in manager.req_to_blocks.items():
+                if manager in self.managers:
+                    num_null = manager.num_null_blocks.get(request_id, 0)
+                    nulls = [block.is_null for block in row]
+                    assert nulls == [i < num_null for i in range(len(row))]
+                holders.update(block.block_id for block in row if not block.is_null)
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == holders[block.block_id], block
         assert self.pool.get_num_free_blocks() + len(holders) == self.pool.num_gpu_blocks - 1
         for request_id, live in self.live.items():
-            assert self.read(request_id) == live.cached
+            for group, cached in enumerate(live.of_group):
+                assert self.read(request_id, group) == cached
+            if len(self.all_managers) > len(self.managers):
+                self._check_window(live)
             self._check_own_bound(request_id)
+
+    def _check_window(self, live: Live) -> None:
+        """The layers with a sliding window find their last tokens."""
+        row = self.all_managers[-1].req_to_blocks[live.request.request_id]
+        end, group = live.request.num_computed_tokens, len(self.managers)
+        for position in range(max(0, end - SLIDING_WINDOW + 1), end):
+            place = row[position // self.block_size].block_id, position % self.block_size
+            assert self.memory[place] == self._token(live.request, position, group)
 
     def _check_own_bound(self, request_id: str) -> None:
         """No round where none was wanted, and no more blocks than the request's budget asks."""
@@ -284,10 +337,10 @@ class PoolWorld:
             with_hits = -(-(self.live[request_id].num_hits + self.max_batched) // self.block_size)
             assert most is None or num_held <= max(most, with_hits)
 
-    def read(self, request_id: str) -> list[Token]:
+    def read(self, request_id: str, group: int = 0) -> list[Token]:
         """The request's cached tokens, as attention would read them behind the null head."""
-        row = self.manager.req_to_blocks[request_id]
-        num_null = self.manager.num_null_blocks.get(request_id, 0)
+        row = self.managers[group].req_to_blocks[request_id]
+        num_null = self.managers[group].num_null_blocks.get(request_id, 0)
         num_tokens = self.live[request_id].request.num_computed_tokens
         return [
             self.memory[row[i // self.block_size].block_id, i % self.block_size]

@@ -31,6 +31,11 @@ TRANSFORMERS_LAYERS_ARE_IN_THE_TREE = LINE >= (0, 30)
 """Whether vLLM's Transformers backend puts its attention layers into the model's module tree, where
 the rotary module beside each is found; before, it kept them in a dictionary of its own."""
 
+JIT_MONITOR_CAN_WAIT = LINE >= (0, 31)
+"""Whether the CUDA worker turns vLLM's monitor of kernel compilations on in a method of its own,
+which ours calls behind its own warm-up; before, that warm-up is reported (``--jit-monitor-mode
+warn``) or refused (``error``)."""
+
 CPU_SINKS_MAY_BE_FLOAT32 = LINE >= (0, 31)
 """Whether vLLM's CPU attention takes learned sinks in another dtype than bfloat16; before, such a
 model ends in vLLM's own RuntimeError at its first step, with compression or without."""

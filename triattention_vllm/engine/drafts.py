@@ -1,11 +1,14 @@
 """The draft model of speculative decoding: which layers are its own, who builds their metadata."""
 
 from collections.abc import Collection
+from itertools import chain
 
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunnerV2
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner as ModelRunnerV1
 from vllm.v1.worker.utils import AttentionGroup
 
 from triattention_vllm.engine.rotary import attention_owners
@@ -27,7 +30,11 @@ def draft_layer_names(
     return frozenset(layer_names) - attention_owners(model).keys()
 
 
-def draft_attention_groups(runner: GPUModelRunner) -> list[AttentionGroup]:
-    """Groups whose metadata builders serve the draft model alone, in model runner V1."""
+def draft_attention_groups(runner: ModelRunnerV1 | ModelRunnerV2) -> list[AttentionGroup]:
+    """Groups whose metadata builders serve the draft model alone."""
+    if isinstance(runner, ModelRunnerV2):
+        speculator = runner.speculator
+        has_layers = isinstance(speculator, DraftModelSpeculator)
+        return list(chain(*speculator.attn_groups)) if has_layers else []
     drafter = vars(runner).get("drafter")
     return drafter.draft_attn_groups if isinstance(drafter, SpecDecodeBaseProposer) else []

@@ -62,7 +62,9 @@ class CompressedKVCacheManager(FullAttentionManager):
 
     ``num_null_blocks`` holds ``E / block_size`` for every request that had a round; requests
     that had none are managed by vLLM's own code alone. ``requests`` are the scheduler's own, so
-    that what a request asks for is looked up and never kept.
+    that what a request asks for is looked up and never kept. ``pending_plans`` are those of this
+    step, by request and group, in the order in which they were decided: of all groups of an
+    engine, whose managers share them (``join_groups``).
     """
 
     kv_cache_spec: "CompressedAttentionSpec"
@@ -75,7 +77,7 @@ class CompressedKVCacheManager(FullAttentionManager):
         self.rounds_wait_for_pressure = kv_cache_spec.settings.pressure is not None
         self.requests: Mapping[str, Request] = {}
         self.num_null_blocks: dict[str, int] = {}
-        self.pending_plans: dict[str, RoundPlan] = {}
+        self.pending_plans: dict[tuple[str, int], RoundPlan] = {}
         self.num_deferred_rounds = 0
 
     @classmethod
@@ -192,7 +194,7 @@ class CompressedKVCacheManager(FullAttentionManager):
         ]
         row[num_null:end] = [self._null_block] * num_new_null + row[num_null:first] + destination
         self.num_null_blocks[request_id] = num_null + num_new_null
-        self.pending_plans[request_id] = RoundPlan(
+        self.pending_plans[request_id, self.kv_cache_group_id] = RoundPlan(
             request_id=request_id,
             group_id=self.kv_cache_group_id,
             nominal_boundary=due.nominal_boundary,
@@ -204,7 +206,7 @@ class CompressedKVCacheManager(FullAttentionManager):
         )
 
     def take_plans(self) -> list[RoundPlan]:
-        """Drain the plans of this step, in the order in which they were decided."""
+        """Drain the plans of this step, of all groups, in the order in which they were decided."""
         plans = list(self.pending_plans.values())
         self.pending_plans.clear()
         return plans
@@ -220,24 +222,30 @@ class CompressedKVCacheManager(FullAttentionManager):
 
         From 0.33 on vLLM leaves a null head out by itself.
         """
-        self.pending_plans.pop(request_id, None)
+        self.pending_plans.pop((request_id, self.kv_cache_group_id), None)
         self.num_null_blocks.pop(request_id, None)
         return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
 
 
-def end_hashing_at_rounds(coordinator: KVCacheCoordinator) -> list[CompressedKVCacheManager]:
-    """Let ``coordinator`` register block hashes as vLLM does, until a request's first round;
-    returns its managers that have rounds.
+def join_groups(coordinator: KVCacheCoordinator) -> list[CompressedKVCacheManager]:
+    """Let the compressed groups of an engine act together; returns their managers.
 
-    Behind a round, block ``i`` no longer holds what tokens ``i * block_size`` onwards would hold
-    without compression, so nothing computed after it may serve another request: in no group,
-    because the layers of other groups, linear states too, read what compressed layers computed.
+    Their plans have one order. All groups take blocks from one pool, and block ``b`` is the same
+    bytes in each: a plan of one group may write what an earlier plan of another reads.
+
+    Block hashes are registered as vLLM does, until a request's first round. Behind it, block ``i``
+    no longer holds what tokens ``i * block_size`` onwards would hold without compression, so
+    nothing computed after it may serve another request: in no group, because the layers of other
+    groups, linear states too, read what compressed layers computed.
     """
     compressed = [
         manager
         for manager in coordinator.single_type_managers
         if isinstance(manager, CompressedKVCacheManager)
     ]
+    pending_plans: dict[tuple[str, int], RoundPlan] = {}
+    for manager in compressed:
+        manager.pending_plans = pending_plans
     register = coordinator.cache_blocks
 
     def cache_blocks(request: Request, num_computed_tokens: int) -> None:

@@ -59,7 +59,7 @@ class Rounds(ABC):
         """
 
     def run(self, plans: Sequence[RoundPlan]) -> None:
-        """Every plan, in the order in which they were decided.
+        """Plans of one of ``runs``.
 
         On the CPU each plan is a batch of its own, which bounds the scratch memory by one region.
         """
@@ -91,24 +91,38 @@ class Rounds(ABC):
             self.run_batch([in_kernel_blocks(plan, self.split)])
 
 
-def batches(plans: Sequence[RoundPlan], most_blocks: int) -> Iterator[Sequence[RoundPlan]]:
-    """Runs of plans that are carried out together, in the order in which they were decided.
+def runs(plans: Sequence[RoundPlan]) -> Iterator[dict[int, list[RoundPlan]]]:
+    """A step's plans, of all groups, cut into runs; of each run the plans of every group.
 
-    A later plan may write what an earlier one reads, when a released block was given out again
-    within the step; it then waits for the earlier batch. In a full pool a plan may have got its
-    own blocks again, at other places. most_blocks: of a batch's regions, padded to the longest;
-    a plan with more is a batch of its own.
+    plans: in the order in which they were decided. Runs are carried out one after another, the
+    plans of a run in any order. A later plan may write what an earlier one reads, of its own group
+    or of another whose block is the same bytes, when a released block was given out again within
+    the step: it begins a new run. In a full pool a plan may have got its own blocks again, at other
+    places; it is a run of its own.
     """
     sources = [plan.source_blocks for plan in plans]
     destinations = [plan.destination_blocks for plan in plans]
     for together in forward_groups(sources, destinations):
-        start, longest = together.start, 0
-        for idx in together:
-            longest = max(longest, len(sources[idx]))
-            if idx > start and (idx + 1 - start) * longest > most_blocks:
-                yield plans[start:idx]
-                start, longest = idx, len(sources[idx])
-        yield plans[start : together.stop]
+        of_group: dict[int, list[RoundPlan]] = {}
+        for plan in plans[together.start : together.stop]:
+            of_group.setdefault(plan.group_id, []).append(plan)
+        yield of_group
+
+
+def batches(plans: Sequence[RoundPlan], most_blocks: int) -> Iterator[Sequence[RoundPlan]]:
+    """Plans of one run and group, cut into those that share their launches.
+
+    most_blocks: of a batch's regions, padded to the longest; a plan with more is a batch of its
+    own.
+    """
+    start, longest = 0, 0
+    for idx, plan in enumerate(plans):
+        longest = max(longest, len(plan.source_blocks))
+        if idx > start and (idx + 1 - start) * longest > most_blocks:
+            yield plans[start:idx]
+            start, longest = idx, len(plan.source_blocks)
+    if plans:
+        yield plans[start:]
 
 
 def in_kernel_blocks(plan: RoundPlan, split: int) -> RoundPlan:

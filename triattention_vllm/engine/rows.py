@@ -1,5 +1,6 @@
 """The model runner's rows: writing a round's new row, and whose row is where in a batch."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -12,8 +13,8 @@ from triattention_vllm.engine.kv_manager import RoundPlan
 class Rows(Protocol):
     """The rows of one model runner."""
 
-    def write(self, plan: RoundPlan) -> None:
-        """Put the plan's row in the place of the request's old one, before the step runs."""
+    def write(self, plans: Sequence[RoundPlan]) -> None:
+        """Put each plan's row in the place of its request's old one, before the step runs."""
 
     def requests(self, metadata: CommonAttentionMetadata) -> list[str]:
         """The request id of each row of the batch that ``metadata`` describes, in order."""
@@ -25,10 +26,20 @@ class RowsV1:
     def __init__(self, runner: ModelRunnerV1) -> None:
         self._runner = runner
 
-    def write(self, plan: RoundPlan) -> None:
-        """The request's block ids, and its row where it is in the batch.
+    def write(self, plans: Sequence[RoundPlan]) -> None:
+        """The requests' block ids, and their rows where they are in the batch.
 
-        A request that is running but not scheduled in this step is out of the batch; vLLM makes
+        Under asynchronous scheduling the device may still be reading the rows of the step before:
+        vLLM uploads them without waiting, and waits when a step begins, which is behind this call.
+        """
+        uploaded = self._runner.prepare_inputs_event
+        if uploaded is not None:
+            uploaded.synchronize()
+        for plan in plans:
+            self._write_one(plan)
+
+    def _write_one(self, plan: RoundPlan) -> None:
+        """A request that is running but not scheduled in this step is out of the batch; vLLM makes
         its row again from the block ids when it returns.
         """
         end = plan.row_start + len(plan.row_blocks)
@@ -51,15 +62,16 @@ class RowsV2:
     def __init__(self, runner: ModelRunnerV2) -> None:
         self._runner = runner
 
-    def write(self, plan: RoundPlan) -> None:
-        """A staged write, which vLLM applies with the step's own appends.
+    def write(self, plans: Sequence[RoundPlan]) -> None:
+        """Staged writes, which vLLM applies with the step's own appends.
 
-        Applying it here would turn vLLM's ring of upload buffers twice in one step, while the
+        Applying them here would turn vLLM's ring of upload buffers twice in one step, while the
         previous step may still read the older one.
         """
-        req_idx = self._runner.req_states.req_id_to_index[plan.request_id]
-        table = self._runner.block_tables.block_tables[plan.group_id]
-        table.stage_write(req_idx, plan.row_start, plan.row_blocks)
+        for plan in plans:
+            req_idx = self._runner.req_states.req_id_to_index[plan.request_id]
+            table = self._runner.block_tables.block_tables[plan.group_id]
+            table.stage_write(req_idx, plan.row_start, plan.row_blocks)
 
     def requests(self, metadata: CommonAttentionMetadata) -> list[str]:
         """From the request index that vLLM gives each row; dummy batches have none."""

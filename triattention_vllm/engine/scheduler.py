@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 from triattention_vllm.engine.kv_manager import (
     CompressedKVCacheManager,
     RoundPlan,
-    end_hashing_at_rounds,
+    join_groups,
 )
 from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.periodic_log import PeriodicLog
@@ -33,7 +33,7 @@ from triattention_vllm.engine.trace import step_trace
 class RoundsSchedulerOutput(SchedulerOutput):
     """A ``SchedulerOutput`` of a step with compressed requests.
 
-    round_plans: carried out first, in this order.
+    round_plans: of all KV-cache groups, carried out first, in this order.
     null_heads: KV-cache group -> request -> null blocks at the head of its row, for the
         requests of this step that have any; so that a worker keeps no count of its own.
     """
@@ -45,13 +45,13 @@ class RoundsSchedulerOutput(SchedulerOutput):
 def with_rounds(
     output: SchedulerOutput, managers: list[CompressedKVCacheManager]
 ) -> SchedulerOutput:
-    """Attach the plans that the managers noted during this step, and the null heads of its rows;
-    a step that has neither is returned as it is.
+    """Attach the plans that the managers of an engine's compressed groups noted during this step,
+    and the null heads of its rows; a step that has neither is returned as it is.
 
     vLLM zeroes freshly allocated blocks after the rounds ran. A block that was allocated and
     freed in this step and became a destination would be wiped, so it is taken off that list.
     """
-    plans = tuple(plan for manager in managers for plan in manager.take_plans())
+    plans = tuple(managers[0].take_plans())
     null_heads = {
         manager.kv_cache_group_id: {
             request_id: manager.num_null_blocks[request_id]
@@ -75,7 +75,7 @@ class CompressionScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.compressed_managers = end_hashing_at_rounds(self.kv_cache_manager.coordinator)
+        self.compressed_managers = join_groups(self.kv_cache_manager.coordinator)
         self.settings = self.compressed_managers[0].kv_cache_spec.settings
         self.capacity = group_capacity(self.vllm_config, self.kv_cache_config)
         for manager in self.compressed_managers:

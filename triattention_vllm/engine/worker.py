@@ -8,6 +8,7 @@ from typing import TypeAlias
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.parallel_state import get_world_group
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -17,7 +18,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.attention import BACKENDS, ShiftedRows, override_backends
-from triattention_vllm.engine.differences import with_one_allocation
+from triattention_vllm.engine.differences import JIT_MONITOR_CAN_WAIT, with_one_allocation
 from triattention_vllm.engine.drafts import draft_attention_groups, draft_layer_names
 from triattention_vllm.engine.finite_check import refuse_nan
 from triattention_vllm.engine.kv_manager import RoundPlan
@@ -30,6 +31,7 @@ from triattention_vllm.engine.rounds import (
     Rounds,
     TargetRounds,
     draft_rounds,
+    runs,
     target_rounds,
 )
 from triattention_vllm.engine.rows import Rows, RowsV1, RowsV2
@@ -101,6 +103,14 @@ class CompressionWorker(Worker):
         self.round_time = RoundTime(metrics, self.device)
         runner = self.model_runner
         self.rows: Rows = RowsV2(runner) if self.use_v2_model_runner else RowsV1(runner)
+        self._share_null_heads()
+
+    def _share_null_heads(self) -> None:
+        """Let every metadata builder, of draft models too, read what is known of null heads.
+
+        Raises UnsupportedError for a backend of a compressed group that is none of ours.
+        """
+        runner = self.model_runner
         groups = itertools.chain(*runner.attn_groups, draft_attention_groups(runner))
         for group in groups:
             null_heads = self.null_heads.setdefault(
@@ -123,6 +133,23 @@ class CompressionWorker(Worker):
         Raises UnsupportedError where the model computes NaN.
         """
         times = super().compile_or_warm_up_model()
+        # Behind its own warm-up vLLM can be told to refuse steps that wait for the device.
+        with gpu_sync_allowed():
+            self._make_rounds()
+        if get_world_group().rank_in_group == 0:
+            source = self.statistics_source
+            logger.info(
+                startup_line(
+                    self.vllm_config,
+                    self.kv_cache_config,
+                    self.settings,
+                    "none" if source is None else source.description,
+                )
+            )
+        return times
+
+    def _make_rounds(self) -> None:
+        """The rounds of this rank's layers, and the statistics that they score with."""
         source = self.statistics_source
         if source is None or not source.has_to_be_made:
             refuse_nan(self, self.kv_cache_config, self.compressed_layers)
@@ -152,16 +179,6 @@ class CompressionWorker(Worker):
                 self._observe_queries(group_id, own)
             if drafts:
                 self.draft_rounds[group_id] = draft_rounds(drafts, spec.block_size)
-        if get_world_group().rank_in_group == 0:
-            logger.info(
-                startup_line(
-                    self.vllm_config,
-                    self.kv_cache_config,
-                    self.settings,
-                    "none" if source is None else source.description,
-                )
-            )
-        return times
 
     def _observe_queries(self, group_id: int, layer_names: Sequence[str]) -> None:
         """From now on show the queries of every step to a scorer that looks at them."""
@@ -199,8 +216,7 @@ class CompressionWorker(Worker):
         if plans:
             with self.round_time.measured(len(plans)):
                 self._run_rounds(plans)
-        for plan in plans:
-            self.rows.write(plan)
+            self.rows.write(plans)
         self._begin_step(scheduler_output)
         null_heads = scheduler_output.null_heads if planned else {}
         for group_id, of_group in self.null_heads.items():
@@ -213,10 +229,10 @@ class CompressionWorker(Worker):
         return asdict(group_capacity(self.vllm_config, self.kv_cache_config))
 
     def _run_rounds(self, plans: Sequence[RoundPlan]) -> None:
-        for group_id, rounds in self.all_rounds():
-            own = [plan for plan in plans if plan.group_id == group_id]
-            if own:
-                rounds.run(own)
+        for run in runs(plans):
+            for group_id, rounds in self.all_rounds():
+                if group_id in run:
+                    rounds.run(run[group_id])
 
     def all_rounds(self) -> Iterator[tuple[int, Rounds]]:
         """Group and rounds of this rank's layers, those of a draft model behind the others."""
@@ -237,8 +253,14 @@ class CompressionGPUWorker(CompressionWorker):
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Also run one round on the empty cache, so that no request waits for a compiler."""
         times = super().compile_or_warm_up_model()
-        for group_id, rounds in self.all_rounds():
-            spec = compressed_spec(self.kv_cache_config.kv_cache_groups[group_id])
-            assert spec is not None, "only compressed groups have rounds"
-            rounds.warm_up(group_id, spec.policy, self.kv_cache_config.num_blocks)
+        with gpu_sync_allowed():
+            for group_id, rounds in self.all_rounds():
+                spec = compressed_spec(self.kv_cache_config.kv_cache_groups[group_id])
+                assert spec is not None, "only compressed groups have rounds"
+                rounds.warm_up(group_id, spec.policy, self.kv_cache_config.num_blocks)
+        if JIT_MONITOR_CAN_WAIT:
+            super()._maybe_activate_jit_monitor()
         return times
+
+    def _maybe_activate_jit_monitor(self) -> None:
+        """Not where vLLM calls it: kernels of calibration and rounds are compiled behind that."""
