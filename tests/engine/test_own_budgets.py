@@ -40,6 +40,34 @@ def test_values_are_looked_at_before_the_pool_or_the_prompt_is_known() -> None:
     refuse_request(config, SamplingParams(extra_args={"kv_budget": "x"}), 10)
 
 
+@pytest.mark.feature("Images and video with M-RoPE", "refused")
+def test_images_on_a_model_whose_positions_are_not_its_tokens_are_refused() -> None:
+    """Regression: a round took the number of tokens for the position of the next query, of which
+    an image has fewer. Below the first round there is nothing to score."""
+    config = api_config()
+    config.model_config = SimpleNamespace(uses_mrope=True, max_model_len=4096)
+
+    def ask(max_tokens: int | None, extra_args: Any = None, has_media: bool = True) -> None:
+        params = SamplingParams(max_tokens=max_tokens, extra_args=extra_args)
+        refuse_request(config, params, 30, has_media=has_media)
+
+    refused = 'requests of less than {} tokens .* and kv_compression "off"'
+    for max_tokens in (26, None):
+        with pytest.raises(VLLMValidationError, match=refused.format(48 + 8)):
+            ask(max_tokens)
+        ask(max_tokens, has_media=False)
+        ask(max_tokens, {"kv_compression": "off"})
+    ask(25)
+    ask(50, {"kv_budget": 73})
+    with pytest.raises(VLLMValidationError, match=refused.format(72 + 8)):
+        ask(50, {"kv_budget": 72})
+    config.model_config.uses_mrope = False
+    ask(None)
+    config.model_config.uses_mrope = True
+    config.additional_config = {"kv_compression": replace(SMALL, method="knorm").to_mapping()}
+    ask(None)
+
+
 def test_a_value_that_reached_the_scheduler_is_dropped_with_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
         "KV connector",
     ),
     "Ray executor": (with_parallel(distributed_executor_backend="ray"), "use the 'mp' executor"),
+    "elastic expert parallel": (with_parallel(enable_elastic_ep=True), "warms up again while"),
     "micro-batching": (with_parallel(use_ubatching=True), "micro-batching"),
     "model runner V2": (
         lambda config: Changed(config, use_v2_model_runner=True),
@@ -114,6 +115,7 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
 @pytest.mark.feature("Context parallel", "refused")
 @pytest.mark.feature("KV connectors", "refused")
 @pytest.mark.feature("Ray executor", "refused")
+@pytest.mark.feature("Elastic expert parallel", "refused")
 @pytest.mark.feature("Micro-batching (DBO)", "refused")
 @pytest.mark.feature("Quantised KV that cannot be read", "refused")
 @pytest.mark.parametrize("case", REFUSED)
@@ -125,6 +127,16 @@ def test_what_cannot_be_compressed_is_refused_with_its_reason(
     with pytest.raises(UnsupportedError, match=reason) as caught:
         refuse_unsupported(spoil(config), Settings())
     assert "start without --kv-compression" in str(caught.value)
+
+
+@pytest.mark.feature("Rust frontend", "refused")
+def test_the_rust_frontend_is_refused(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answered a budget that cannot be served with 200, and had no metrics of rounds."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "0")
+    refuse_unsupported(config, Settings())
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(UnsupportedError, match="kv_budget.*; unset VLLM_USE_RUST_FRONTEND"):
+        refuse_unsupported(config, Settings())
 
 
 @pytest.mark.parametrize("dtype", ["int8_per_token_head", "fp8_per_token_head", "fp8", "fp8_e5m2"])

@@ -54,6 +54,10 @@ NOTES = {
     "Pooling models": "without compression they are served as ever",
     "Context parallel": "decode or prefill, above 1",
     "KV connectors": "they load and save blocks by position",
+    "Images and video with M-RoPE": "text is compressed; a prompt with images is answered with 400 "
+    "unless it is short or asks for `kv_compression` off",
+    "Elastic expert parallel": "",
+    "Rust frontend": "it has neither our checks of requests nor our metrics",
     "Multi-head latent attention": "",
     "Encoder-decoder, cross-attention": "",
     "Bidirectional attention": "prefix LMs, encoder layers",

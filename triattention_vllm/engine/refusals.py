@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 
+import vllm.envs as envs
 from torch import nn
 from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
@@ -87,6 +88,13 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield from _observation_refusals(vllm_config, settings)
     if parallel.distributed_executor_backend == "ray":
         yield "the Ray executor has not been verified with compression; use the 'mp' executor"
+    if parallel.enable_elastic_ep:
+        yield "elastic expert parallelism warms up again while requests hold blocks; turn it off"
+    if envs.VLLM_USE_RUST_FRONTEND:
+        yield (
+            "the Rust frontend does not check kv_budget and has none of our metrics; "
+            "unset VLLM_USE_RUST_FRONTEND"
+        )
     if parallel.use_ubatching:
         yield "micro-batching (DBO) splits a step that calibration reads in order; turn it off"
     on_cpu = vllm_config.device_config.device_type == "cpu"

@@ -1,4 +1,4 @@
-"""Requests that ask for a budget of their own, or for none: answered before they are scheduled.
+"""Requests that cannot be compressed as they ask, or at all: answered before they are scheduled.
 
 A value that cannot be served is answered to its client. vLLM has no seam for that which also
 answers a streaming request with a status, so two methods of its API side are wrapped: one that
@@ -12,7 +12,7 @@ from functools import cache, wraps
 from types import FunctionType
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
@@ -22,12 +22,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.request import Request
 
-from triattention_vllm.config import Settings
+from triattention_vllm.config import OFF, Settings
 from triattention_vllm.engine.settings import settings_of
 from triattention_vllm.engine.versions import require_attributes
 from triattention_vllm.errors import RequestError
 from triattention_vllm.log import logger
-from triattention_vllm.request import Capacity, RequestSettings, without_own_keys
+from triattention_vllm.request import METHOD_KEY, Capacity, RequestSettings, without_own_keys
 
 
 def asked_by(params: SamplingParams | None) -> RequestSettings:
@@ -41,14 +41,18 @@ asked (``kv_capacity``) before the first request, because they know how groups s
 
 
 def refuse_request(
-    vllm_config: VllmConfig, params: object, num_prompt_tokens: int | None, resumable: bool = False
+    vllm_config: VllmConfig,
+    params: object,
+    num_prompt_tokens: int | None,
+    resumable: bool = False,
+    has_media: bool = False,
 ) -> None:
     """Raise vLLM's error for a bad request where ``params`` ask for what cannot be served.
 
     num_prompt_tokens: None where the prompt is not tokenized yet; then only the values are
-    looked at. resumable: the prompt goes on growing.
+    looked at. resumable: the prompt goes on growing. has_media: there is more in it than text.
     """
-    if not isinstance(params, SamplingParams) or not params.extra_args:
+    if not isinstance(params, SamplingParams) or not (params.extra_args or has_media):
         return
     settings = settings_of(vllm_config)
     if settings is None:
@@ -62,8 +66,36 @@ def refuse_request(
             unbounded = resumable or params.max_tokens is None
             max_tokens = capacity.max_model_len if unbounded else params.max_tokens
             capacity.check_length(asked, settings, num_prompt_tokens, max_tokens)
+        if has_media and num_prompt_tokens is not None and settings.needs_statistics:
+            unbounded = resumable or params.max_tokens is None
+            max_tokens = None if unbounded else params.max_tokens
+            check_media(asked, settings, vllm_config.model_config, num_prompt_tokens, max_tokens)
     except RequestError as error:
         raise VLLMValidationError(str(error), parameter=error.key) from error
+
+
+def check_media(
+    asked: RequestSettings,
+    settings: Settings,
+    model: ModelConfig,
+    num_prompt_tokens: int,
+    max_tokens: int | None,
+) -> None:
+    """Raise RequestError where a request with images or video, on a model with M-RoPE, may come to
+    a round: there an image has fewer positions than tokens, and the position of the next query is
+    taken from the number of tokens. max_tokens: None where the model alone bounds the answer."""
+    policy = asked.policy(settings.policy(block_size=1))
+    if policy is None or not model.uses_mrope:
+        return
+    first_round = policy.request_budget(num_prompt_tokens) + policy.interval
+    longest = model.max_model_len if max_tokens is None else num_prompt_tokens + max_tokens
+    if longest >= first_round:
+        raise RequestError(
+            "images and video are not compressed on a model with M-RoPE, whose positions are not "
+            f"its tokens'; allowed are prompts of text, requests of less than {first_round} tokens "
+            f'with their max_tokens, and {METHOD_KEY} "{OFF}".',
+            METHOD_KEY,
+        )
 
 
 def keep_servable(request: Request, settings: Settings, capacity: Capacity) -> None:
@@ -111,7 +143,11 @@ def _wrap_process_inputs() -> None:
             request.prompt_token_ids, request.prompt_embeds
         )
         refuse_request(
-            self.vllm_config, request.sampling_params, num_prompt_tokens, request.resumable
+            self.vllm_config,
+            request.sampling_params,
+            num_prompt_tokens,
+            request.resumable,
+            has_media=bool(request.mm_features),
         )
         return request
 
@@ -126,9 +162,11 @@ def _wrap_generate() -> None:
         self: AsyncLLM, prompt: object, sampling_params: object, *args: Any, **kwargs: Any
     ) -> Any:
         """Not a generator itself: a refusal is raised at the call, before a response begins."""
-        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+        known = prompt if isinstance(prompt, Mapping) else {}
+        tokens = known.get("prompt_token_ids")
         num_prompt_tokens = None if tokens is None else len(tokens)
-        refuse_request(self.vllm_config, sampling_params, num_prompt_tokens)
+        has_media = num_prompt_tokens is not None and bool(known.get("mm_placeholders"))
+        refuse_request(self.vllm_config, sampling_params, num_prompt_tokens, has_media=has_media)
         return original(self, prompt, sampling_params, *args, **kwargs)
 
     AsyncLLM.generate = generate

@@ -206,7 +206,8 @@ def _yarn(module: YaRNScalingRotaryEmbedding) -> _Frequencies:
 
 
 def _mrope(module: MRotaryEmbedding) -> _Frequencies:
-    """Text tokens have the same position on all axes, so the sections do not matter."""
+    """Text tokens have the same position on all axes, so the sections do not matter; prompts with
+    others are refused (``requests.check_media``)."""
     if module.scaling_factor is None:
         return _plain(module)
     inv_freq = module._compute_inv_freq(module.scaling_factor)
