@@ -48,7 +48,7 @@ MATRIX := .cache/matrix
 MATRIX_TESTS := tests/boundaries/test_seams.py tests/calibration tests/engine \
 	tests/config/test_flags.py tests/config/test_engine_config.py tests/config/test_config_files.py \
 	tests/served --ignore=tests/served/test_kernel_benchmark.py \
-	--ignore=tests/served/test_gpu_engines.py \
+	--ignore-glob='tests/served/test_gpu_*.py' \
 	tests/tools/test_doctor.py tests/tools/test_plan_against_vllm.py
 # The core of it, in about three minutes.
 CORE_TESTS := tests/boundaries/test_seams.py tests/config/test_flags.py tests/config/test_engine_config.py \

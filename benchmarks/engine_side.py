@@ -8,9 +8,22 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+
+@dataclass
+class Batch:
+    """What the scheduler put into one step. tokens: that it computes, of how many requests.
+
+    round_clocks: of the rounds before it, how to read the seconds of each group, and its size.
+    """
+
+    tokens: int = 0
+    requests: int = 0
+    round_clocks: list[tuple[Callable[[], float], int]] = field(default_factory=list)
 
 
 class Side:
@@ -26,16 +39,39 @@ class Side:
             arguments = arguments | {"additional_config": {"kv_compression": settings}}
         self.engine = LLM(model, **arguments).llm_engine
         core = self.engine.engine_core.engine_core
+        self.scheduler = core.scheduler
         self.pool = core.scheduler.kv_cache_manager.block_pool
         self.block_size = core.scheduler.block_size
+        self.on_gpu = self.engine.vllm_config.device_config.device_type == "cuda"
         self.request_ids: list[str] = []
         self.generated: dict[str, int] = {}
         self.generator = torch.Generator().manual_seed(0)
-        # Of the step that runs: how to read the seconds of each batch of rounds, and its size.
-        self.round_clocks: list[tuple[Callable[[], float], int]] = []
+        self._watch_batches()
         if settings is not None:
             for rounds in core.model_executor.driver_worker.worker.rounds.values():
                 self._time_rounds(rounds)
+
+    def _watch_batches(self) -> None:
+        """Know the batch that was launched last, and the one whose tokens the last step returned:
+        under async scheduling a step launches a batch and returns the one before it.
+        """
+        schedule, update = self.scheduler.schedule, self.scheduler.update_from_output
+        self.launched, self.returned = Batch(), Batch()
+        running: dict[int, Batch] = {}
+
+        def watched_schedule(*args: Any) -> Any:
+            output = schedule(*args)
+            requests = len(output.num_scheduled_tokens)
+            self.launched = Batch(output.total_num_scheduled_tokens, requests)
+            running[id(output)] = self.launched
+            return output
+
+        def watched_update(output: Any, *args: Any) -> Any:
+            self.returned = running.pop(id(output))
+            return update(output, *args)
+
+        self.scheduler.schedule = watched_schedule
+        self.scheduler.update_from_output = watched_update
 
     def _time_rounds(self, rounds: Any) -> None:
         """Note how long each round takes on the worker: score, select and compact."""
@@ -44,7 +80,7 @@ class Side:
         def run_batch(plans: Any) -> Any:
             clock = _started_on_gpu() if on_gpu else _started()
             result = original(plans)
-            self.round_clocks.append((clock(), len(plans)))
+            self.launched.round_clocks.append((clock(), len(plans)))
             return result
 
         rounds.run_batch = run_batch
@@ -76,19 +112,27 @@ class Side:
         while len(self.generated) < num_requests:
             self._step()
             most_held = max(most_held, self.num_held)
+        self.synchronise()
         return {"seconds": time.perf_counter() - start, "most_blocks_held": most_held}
 
     def decode(self, num_steps: int) -> dict[str, Any]:
         """Steps of one token per request. seconds, held: per step. rounds: seconds of every round
-        of every step, a list per step."""
+        of every step, a list per step.
+
+        Under async scheduling the device works on one more batch when a step returns. It is done
+        when this returns, within the last step's time: the side that has the next turn must neither
+        wait for it nor share the device with it.
+        """
         seconds, held, clocks = [], [], []
-        for _ in range(num_steps):
-            self.round_clocks = []
+        self.synchronise()
+        for left in reversed(range(num_steps)):
             start = time.perf_counter()
             self._step()
+            if left == 0:
+                self.synchronise()
             seconds.append(time.perf_counter() - start)
             held.append(self.num_held)
-            clocks.append(self.round_clocks)
+            clocks.append(self.returned.round_clocks)
         assert len(self.generated) == len(self.request_ids)
         rounds = [[read() / size for read, size in own for _ in range(size)] for own in clocks]
         return {"seconds": seconds, "held": held, "rounds": rounds}
@@ -133,7 +177,13 @@ class Side:
             "answer": list(outputs[-1].outputs[0].token_ids),
         }
 
+    def synchronise(self) -> None:
+        """Wait until a GPU has done all that was launched."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
     def _step(self) -> None:
+        self.returned = Batch()  # what a step that returns none has
         for output in self.engine.step():
             self.generated[output.request_id] = len(output.outputs[0].token_ids)
 

@@ -8,7 +8,6 @@ results are wrong, or that is compared with wrong ones, gets no speed-up.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +17,15 @@ from statistics import median
 
 import torch
 from gpu.checks import Check, check_all, check_movement, check_scores, check_selection
+from gpu.fitting import all_keys_bytes, no_memory, no_time, num_request_sets
 from gpu.plain import plain_operations
-from gpu.report import HEADER, conditions, device_name, failures, lines_of, slug
+from gpu.report import HEADER, conditions, device_name, failures, lines_of, slug, write_json
 from gpu.rounds import (
     MODE,
     MODELS,
     Model,
     Operations,
     RequestSet,
-    key_bytes,
     make_request_sets,
     product_operations,
     round_shape,
@@ -142,14 +141,6 @@ def check_plain(sides: Sides, requests: RequestSet) -> list[Check]:
     ]
 
 
-def num_request_sets(shape: RoundShape, device: str) -> int:
-    """So many that four times the L2 cache is read between two visits of a set."""
-    if device == "cpu":
-        return 2
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(32, 1 + 4 * cache // key_bytes(shape))
-
-
 Calls = dict[str, Callable[[int], object]]
 
 
@@ -203,7 +194,7 @@ def operation_call(
     scores: Sequence[Tensor],
     kept: Sequence[Tensor],
 ) -> Callable[[int], object]:
-    """The operation on the set of a turn.
+    """The operation on the set of a call.
 
     Keys and values of a set have left the L2 cache when its turn comes again. Scores are a small
     part of them and may not have, as when ``select`` follows ``score`` in a round.
@@ -217,7 +208,7 @@ def operation_call(
         "fill_holes": lambda idx: _of(operations.fill_holes)(sets[idx], kept[idx]),
         "shift": lambda idx: _of(operations.shift)(sets[idx]),
     }
-    return lambda turn: run[name](turn % len(sets))
+    return lambda call_idx: run[name](call_idx % len(sets))
 
 
 def _of(operation: Callable[..., object] | None) -> Callable[..., object]:
@@ -267,25 +258,12 @@ def operation_result(
     return result
 
 
-def skipped_reason(shape: RoundShape, device: str) -> str | None:
-    """Why a shape cannot run in the device's memory: one or more sets, and half as much for
-    scores and the copies of the plain alternative.
-    """
-    if device == "cpu":
-        return None
-    total = torch.cuda.get_device_properties(device).total_memory
-    needed = 3 * key_bytes(shape) * num_request_sets(shape, device)
-    if needed <= 0.9 * total:
-        return None
-    return f"needs about {needed / 2**30:.0f} GiB, the device has {total / 2**30:.0f}"
-
-
 def run(
     size: Size, output: Path, device: str, sides: Sides, seconds: float, commit: str | None = None
 ) -> Json:
     """Measure every shape, print the table and write ``output`` after each.
 
-    Shapes that do not fit, or that would begin after ``seconds``, are listed with the reason.
+    Shapes that do not fit, or that would not end within ``seconds``, are listed with the reason.
     """
     started = time.monotonic()
     report: Json = {"conditions": conditions(device, commit), "results": [], "skipped": []}
@@ -297,10 +275,11 @@ def run(
         for model in size.models
         for num_requests in size.num_requests
     ]
+    spent: dict[int, float] = {}
     for model, budget, num_requests in shapes:
-        reason = skipped_reason(round_shape(model, budget, num_requests), device)
-        if reason is None and time.monotonic() - started > seconds:
-            reason = f"{seconds:.0f} s were over; give more with --seconds"
+        shape, began = round_shape(model, budget, num_requests), time.monotonic()
+        reason = no_memory(shape, device)
+        reason = reason or no_time(shape, device, spent, started + seconds - began)
         if reason is None:
             try:
                 result = measure(model, budget, num_requests, size, sides, device)
@@ -308,6 +287,7 @@ def run(
                 reason = f"out of memory: {str(error).splitlines()[0]}"
             else:
                 report["results"].append(result)
+                spent[all_keys_bytes(shape, device)] = time.monotonic() - began
                 print("\n".join(lines_of(result)), flush=True)
             if device != "cpu":
                 torch.cuda.empty_cache()
@@ -325,7 +305,7 @@ def run(
             [result["copy_bytes_per_s"] for result in report["results"]] or [0.0]
         )
         report["seconds"] = time.monotonic() - started
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(output, report)
     print(f"copy: {report['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written; wrote {output}")
     return report
 
@@ -338,7 +318,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[model.name for model in MODELS])
     parser.add_argument("--budgets", nargs="+", type=int, help="default: 2048 512 8192")
     parser.add_argument("--requests", nargs="+", type=int, help="default: 32 1 8 64")
-    parser.add_argument("--seconds", type=float, default=600.0, help="no shape begins after these")
+    parser.add_argument("--seconds", type=float, default=600.0, help="no shape ends after these")
     parser.add_argument("--commit", help="what is measured, where this is not a git clone")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/kernels_*.json")
     args = parser.parse_args()

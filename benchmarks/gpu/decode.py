@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ from gpu.cases import (
     all_cases,
     size_for,
 )
-from gpu.report import conditions
-from gpu.sides import EAGER, WAYS, ended_after, start_sides
+from gpu.report import conditions, write_json
+from gpu.sides import EAGER, WAYS, ended_after, line_of_start, start_sides
 from tiny_model import write_tokenizer
 
 Json = dict[str, Any]
 Sides = dict[str, engines.SideProcess]
 SLICE_STEPS = 32
+LEAST_SERVED_S = 45.0
 
 
 class Report:
@@ -51,7 +53,7 @@ class Report:
 
     def write(self) -> None:
         """As far as it is."""
-        self.output.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
+        write_json(self.output, self.found)
 
     def skip(self, what: Json, reason: str) -> None:
         """Something that is not measured."""
@@ -117,24 +119,23 @@ def summary_of(served: Json) -> Json:
     """Tokens per second, over all steps and over those that only decoded; peaks; and what ran and
     was held at some two hundred moments.
     """
-    steps = list(
-        zip(*(served[n] for n in ("seconds", "tokens", "scheduled", "running")), strict=True)
-    )
-    decoding = [(s, tokens) for s, tokens, scheduled, running in steps if scheduled <= running]
+    seconds, running = served["seconds"], served["running"]
+    batches = zip(*(served[n] for n in ("seconds", "tokens", "computed", "requests")), strict=True)
+    decoding = [(s, tokens) for s, tokens, computed, requests in batches if computed <= requests]
     elapsed, moments = 0.0, []
-    every = max(1, len(steps) // 200)
-    for idx, (step, held) in enumerate(zip(steps, served["held"], strict=True)):
-        elapsed += step[0]
+    every = max(1, len(seconds) // 200)
+    for idx, found in enumerate(zip(seconds, running, served["held"], strict=True)):
+        elapsed += found[0]
         if idx % every == 0:
-            moments.append([elapsed, step[3], held])
+            moments.append([elapsed, *found[1:]])
     spent = sum(s for s, _ in decoding)
     return {
-        "steps": len(steps),
-        "tokens_per_s": sum(step[1] for step in steps) / elapsed if steps else 0.0,
+        "steps": len(seconds),
+        "tokens_per_s": sum(served["tokens"]) / elapsed if seconds else 0.0,
         "decoded_per_s": sum(tokens for _, tokens in decoding) / spent if spent else None,
         "step_ms": engines.spread([1e3 * s for s, _ in decoding]) if decoding else None,
-        "most_running": max(served["running"], default=0),
-        "mean_running": sum(step[0] * step[3] for step in steps) / elapsed if steps else 0.0,
+        "most_running": max(running, default=0),
+        "mean_running": sum(map(mul, seconds, running)) / elapsed if seconds else 0.0,
         "most_blocks_held": max(served["held"], default=0),
         "preemptions": served["preemptions"],
         "moments": {"columns": ["seconds", "running", "blocks held"], "rows": moments},
@@ -156,19 +157,24 @@ def run_case(
     }
     groups = [list(requests)] if case.together else [[name] for name in requests]
     ways = [EAGER] if case.eager else list(WAYS)
+    end = began + seconds
     for idx, names in enumerate(groups):
-        left = seconds - (time.monotonic() - began)
+        left = end - time.monotonic()
         share = left / (len(groups) - idx)
         if left < 20:
             report.skip({"sides": names}, f"{seconds:.0f} s were over; give more with --seconds")
             continue
+        until = time.monotonic() + 0.9 * share
         with ExitStack() as stack:
             chosen = {name: requests[name] for name in names}
-            limit = 0.6 * share / len(names)
-            sides, starts = start_sides(stack, chosen, ways, logs, limit)
+            sides, starts = start_sides(stack, chosen, ways, logs, 0.6 * share / len(names), end)
             report.found["starts"] += starts
             report.write()
-            until = time.monotonic() + 0.9 * share
+            # Sides are compared, so all run in the way of the first.
+            ways = [starts[-1]["way"]] if sides else ways
+            print("\n".join(map(line_of_start, starts)), flush=True)
+            # An engine that took long to start is measured all the same, if time is left at all.
+            until = max(until, min(end, time.monotonic() + LEAST_SERVED_S))
             try:
                 for name, side in sides.items() if case.backlog else ():
                     with ended_after(side, until - time.monotonic()):
@@ -297,9 +303,6 @@ def main() -> None:
     memory = torch.cuda.get_device_properties(0).total_memory
     steps = args.intervals * INTERVAL
     report = run(case, args.output, steps, args.seconds, args.commit, memory)
-    for started in report["starts"]:
-        if started["status"] != "started":
-            print(f"{started['name']} ({started['way']}) {started['status']}: {started['reason']}")
     raise SystemExit(exit_code(report["starts"], case))
 
 

@@ -10,7 +10,6 @@ those of full attention; at most six kernels a round.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -25,8 +24,15 @@ import torch
 from dense_judge import Judge
 from dense_reference import DenseReference
 from gpu.checks import Check
-from gpu.report import conditions
-from gpu.sides import WAYS, engine_environment, last_lines
+from gpu.report import conditions, write_json
+from gpu.sides import (
+    WAYS,
+    engine_environment,
+    last_lines,
+    line_of_start,
+    start_limit,
+    too_late,
+)
 from observed_engine import Observed, Observer, start_engine, statistics_file
 from tiny_model import write_tiny_model
 from triattention_kernels import (
@@ -45,6 +51,7 @@ SETTINGS = {"budget": 128, "interval": 32, "window": 16}
 PROMPTS = (50, 70, 90)
 SHORT, LONG = 40, 480
 WATCHED_STEPS = 96
+START_SHARE = 0.3  # of the time, for an engine that takes longer than the least of its way
 # bfloat16 errors of two engines, each the largest of some ten thousand.
 ERROR_MARGIN, TOLERANCE = 1.5, 0.1
 OURS = {
@@ -131,26 +138,29 @@ def waits_and_kernels(llm: Any) -> Json:
 
 
 def started(side: str, folder: Path, output: Path, way: str, seconds: float, length: int) -> Json:
-    """One engine's process to its end: ``passed`` with what it saw, or its last words."""
+    """One engine's process to its end: ``passed`` with what it saw, or ``failed`` with its last
+    words.
+    """
     log = output.parent / f"dense-{side}.log"
     result = folder / f"{side}.pt"
     command = [sys.executable, __file__, "--side", side, "--model", str(folder), "--way", way]
     command += ["--output", str(result), "--length", str(length)]
     with log.open("a", encoding="utf-8") as messages:
         try:
-            code: int | str = subprocess.run(
+            code = subprocess.run(
                 command,
                 env=engine_environment(folder / "statistics"),
                 stdout=messages,
                 stderr=subprocess.STDOUT,
-                timeout=max(seconds, 1.0),
+                timeout=seconds,
             ).returncode
+            reason = f"exit code {code}, see {log.name}"
         except subprocess.TimeoutExpired:
-            code = f"none within {seconds:.0f} s"
+            code, reason = None, f"it did not end within {seconds:.0f} s, see {log.name}"
     if code != 0:
-        return {"side": side, "way": way, "exit": code, "log": last_lines(log)}
+        return {"status": "failed", "way": way, "reason": reason, "log": last_lines(log)}
     found: Json = torch.load(result, map_location="cpu", weights_only=False)
-    return {"side": side, "way": way, "exit": code, "found": found}
+    return {"status": "passed", "way": way, "found": found}
 
 
 def judged(folder: Path, full: Json, compressed: Json) -> list[Check]:
@@ -200,28 +210,36 @@ def error_of_full(dense: DenseReference, request: Observed) -> float:
 
 
 def run(output: Path, seconds: float, commit: str | None, length: int, ways: list[str]) -> Json:
-    """Both engines in the first way that works, then the checks; written as far as it is."""
+    """Both engines in the first way in which both work, then the checks; written as far as it is.
+
+    The one with compression is first: where it cannot work, the other need not be waited for.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     report: Json = {"conditions": conditions(device, commit), "starts": [], "checks": []}
     until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name:
         folder = write_tiny_model(Path(name), dtype="bfloat16", num_layers=2)
         found: Json = {}
-        for side in ("full", "compressed"):
-            for way in ways:
-                limit = 0.5 * (until - time.monotonic())
-                start = started(side, folder, output, way, limit, length)
+        for way in ways:
+            found = {}
+            for side in ("compressed", "full"):
+                left = until - time.monotonic()
+                limit = start_limit(way, ways, left, START_SHARE * seconds)
+                start = too_late(way, left)
+                if limit is not None:
+                    start = started(side, folder, output, way, limit, length)
                 if "found" in start:
                     found[side] = start.pop("found")
-                    ways = [way]
-                report["starts"].append(start)
-                output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-                if side in found:
+                report["starts"].append({"name": side, **start})
+                write_json(output, report)
+                if side not in found:
                     break
+            if len(found) == 2:
+                break
         if len(found) == 2:
             checks = judged(folder, found["full"], found["compressed"])
             report["checks"] = [asdict(check) for check in checks]
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(output, report)
     return report
 
 
@@ -240,9 +258,7 @@ def main() -> None:
         observe(args.model, args.side == "compressed", args.way, args.output, args.length)
         return
     report = run(args.output, args.seconds, args.commit, args.length, list(WAYS))
-    for start in report["starts"]:
-        if start["exit"] != 0:
-            print(f"{start['side']} ({start['way']}) ended with {start['exit']}; see its log")
+    print("\n".join(map(line_of_start, report["starts"])))
     for check in report["checks"]:
         print(f"{'ok   ' if check['passed'] else 'WRONG'} {check['name']}: {check['found']}")
     checks = report["checks"]

@@ -1,5 +1,6 @@
 """Conditions of a run, and its results as a table."""
 
+import json
 import os
 import platform
 import re
@@ -12,6 +13,13 @@ import torch
 from gpu.timing import Json
 
 HERE = Path(__file__).parent
+
+
+def write_json(output: Path, value: Json) -> None:
+    """Whole or not at all: whoever is killed meanwhile leaves what was there before."""
+    beside = output.with_suffix(".part")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, output)
 
 
 def lines_of(result: Json) -> Iterator[str]:
@@ -65,14 +73,17 @@ def conditions(device: str, commit: str | None) -> Json:
 
 
 def described_commit() -> str | None:
-    """Of this clone; None outside one."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    """Of this clone; None outside one, and where git is not installed."""
+    return first_line("git", "-C", str(HERE), "describe", "--always", "--dirty")
 
 
 def driver_version() -> str | None:
     """None where the vendor's tool is not installed."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def first_line(*command: str) -> str | None:
+    """That a program prints; None where it fails or is not installed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:

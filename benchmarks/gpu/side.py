@@ -15,23 +15,41 @@ from triattention_vllm.errors import TriAttentionError
 Json = dict[str, Any]
 
 
+def register_dummy_weights() -> None:
+    """vLLM's random weights under ``load_format="dummy"``, with norms that scale by 1.
+
+    vLLM draws these too from a thousandth around 0. Keys and values are then so small that an fp8
+    cache holds zeros alone, and nothing tells one token from another.
+    """
+    from vllm.model_executor.layers.layernorm import RMSNorm
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    class DummyWeights(DummyModelLoader):
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            super().load_weights(model, model_config)
+            for layer in model.modules():
+                if isinstance(layer, RMSNorm):
+                    layer.weight.data.fill_(1.0)
+
+    register_model_loader("dummy")(DummyWeights)
+
+
 class GpuSide(Side):
     """Also serves more requests than fit."""
 
     def __init__(self, model: str, arguments: Json, settings: Json | None) -> None:
+        register_dummy_weights()
         super().__init__(model, arguments, settings)
-        self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.num_preemptions = 0
-        self.num_scheduled = 0
-        self._watch_schedule()
+        self._watch_preemptions()
 
-    def _watch_schedule(self) -> None:
+    def _watch_preemptions(self) -> None:
         original = self.scheduler.schedule
 
         def schedule(*args: Any) -> Any:
             output = original(*args)
             self.num_preemptions += len(output.preempted_req_ids or ())
-            self.num_scheduled = output.total_num_scheduled_tokens
             return output
 
         self.scheduler.schedule = schedule
@@ -80,19 +98,20 @@ class GpuSide(Side):
     def serve(self, seconds: float) -> Json:
         """Steps for so long; one list per figure with an entry per step.
 
-        scheduled: tokens that the step computed, more than the running requests where it prefilled.
+        computed: tokens of the batch that the step returned, more than its ``requests`` where it
+        prefilled. running, held: once the step was over, with the batch that it launched.
         """
         preempted = self.num_preemptions
         steps: dict[str, list[float]] = {
-            name: [] for name in ("seconds", "tokens", "scheduled", "running", "held")
+            name: [] for name in ("seconds", "tokens", "computed", "requests", "running", "held")
         }
         before = sum(self.generated.values())
         began = last = time.perf_counter()
         while last - began < seconds and self.engine.has_unfinished_requests():
             self._step()
             now, generated = time.perf_counter(), sum(self.generated.values())
-            found = (now - last, generated - before, self.num_scheduled)
-            found += (len(self.scheduler.running), self.num_held)
+            found = (now - last, generated - before, self.returned.tokens)
+            found += (self.returned.requests, len(self.scheduler.running), self.num_held)
             for values, value in zip(steps.values(), found, strict=True):
                 values.append(value)
             last, before = now, generated

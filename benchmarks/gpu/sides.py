@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,19 @@ HERE = Path(__file__).parent
 
 RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
 
-EAGER = "eager"
-# Tried in this order until an engine starts; each start that fails is part of the result.
+COMPILED, GRAPHS, EAGER = (
+    "compiled, full and piecewise graphs",
+    "not compiled, full graphs for decoding",
+    "eager",
+)
+# Tried in this order until the engines start; each start that fails is part of the result.
 WAYS: Mapping[str, Json] = {
-    "compiled, full and piecewise graphs": {
-        "compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}
-    },
-    "not compiled, full graphs for decoding": {
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-    },
+    COMPILED: {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}},
+    GRAPHS: {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     EAGER: {"enforce_eager": True},
 }
+# What a start is given at least. None was measured on a GPU yet: estimates with room.
+LEAST_START_S = {COMPILED: 150.0, GRAPHS: 100.0, EAGER: 60.0}
 
 
 @contextmanager
@@ -82,6 +84,12 @@ def last_lines(log: Path, num_lines: int = 12) -> list[str]:
     return log.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:]
 
 
+def line_of_start(start: Json) -> str:
+    """How a start ended, in one line."""
+    line = f"{start['name']} ({start['way']}) {start['status']}"
+    return f"{line}: {start['reason']}" if "reason" in start else line
+
+
 def start(stack: ExitStack, name: str, request: Json, way: str, logs: Path, seconds: float) -> Json:
     """``{"status": "started", "side": ..., "engine": ...}``, ``refused`` with its reason, or
     ``failed`` with the engine's last words. The process ends with ``stack``, or after ``seconds``
@@ -106,22 +114,54 @@ def start(stack: ExitStack, name: str, request: Json, way: str, logs: Path, seco
     return {"status": "started", "way": way, "start_s": spent, "engine": engine, "side": side}
 
 
-def start_sides(
-    stack: ExitStack, requests: Mapping[str, Json], ways: list[str], logs: Path, seconds: float
-) -> tuple[dict[str, engines.SideProcess], list[Json]]:
-    """Engines by name, and how every start ended. The first one's way, the first of ``ways`` that
-    works, is that of all others; ``seconds`` for each start.
+def start_limit(way: str, ways: Sequence[str], left: float, share: float) -> float | None:
+    """Seconds that a start in ``way`` may take: ``share``, or more where such a start needs more,
+    with enough kept back for the last of ``ways``. None where what is ``left`` is too little for
+    both; the last way has what is left.
     """
-    sides: dict[str, engines.SideProcess] = {}
+    least = LEAST_START_S[way]
+    kept_back = 0.0 if way == ways[-1] else LEAST_START_S[ways[-1]]
+    if way != ways[-1] and left < least + kept_back:
+        return None
+    return max(min(left - kept_back, max(least, share)), 1.0)
+
+
+def too_late(way: str, left: float) -> Json:
+    """A start that is not begun."""
+    needed = f"such a start may take {LEAST_START_S[way]:.0f}, and the last way needs time too"
+    return {"status": "not begun", "way": way, "reason": f"{left:.0f} s were left; {needed}"}
+
+
+def start_sides(
+    stack: ExitStack,
+    requests: Mapping[str, Json],
+    ways: Sequence[str],
+    logs: Path,
+    share: float,
+    until: float,
+) -> tuple[dict[str, engines.SideProcess], list[Json]]:
+    """Engines by name, and how every start ended. All run in one way, that of the last start: the
+    first of ``ways`` in which none fails, else the last one, with those that start in it.
+
+    share: of a start, see ``start_limit``. until: when the time for everything is over.
+    """
     starts: list[Json] = []
-    for name, request in requests.items():
-        for way in ways:
-            started = start(stack, name, request, way, logs, seconds)
-            side = started.pop("side", None)
-            starts.append({"name": name, **started})
-            if side is not None:
-                sides[name] = side
-                ways = [way]
-            if started["status"] != "failed":
+    sides: dict[str, engines.SideProcess] = {}
+    for way in ways:
+        own, sides = ExitStack(), {}
+        for name, request in requests.items():
+            left = until - time.monotonic()
+            limit = start_limit(way, ways, left, share)
+            found = too_late(way, left)
+            if limit is not None:
+                found = start(own, name, request, way, logs, limit)
+            if "side" in found:
+                sides[name] = found.pop("side")
+            starts.append({"name": name, **found})
+            if found["status"] in ("failed", "not begun") and way != ways[-1]:
                 break
+        else:
+            stack.push(own)
+            break
+        own.close()
     return sides, starts

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from statistics import median, quantiles
 from typing import Any
 
@@ -85,16 +86,20 @@ def synchronize(device: str) -> None:
 def in_turns(
     sides: Mapping[str, Callable[[int], object]], num_turns: int, limit_s: float, device: str
 ) -> dict[str, Times]:
-    """Call every side ``num_turns`` times, one after the other, with the number of the turn.
+    """Call every side ``num_turns`` times for each of its two times, one side after the other. Each
+    call has a number of its own, so that no call finds in the cache what the one before it read.
 
-    A first call of each warms up and is not counted. A side that would need more than
-    ``limit_s`` seconds for all turns takes fewer, spread over the whole; at least one.
+    First calls of each warm up and are not counted. A side that would need more than ``limit_s``
+    seconds for all turns takes fewer, spread over the whole; at least one. One whose first call
+    needs more than that is not warmed up again.
     """
+    calls = count()
     own_turns, queueing = {}, {}
     for name, side in sides.items():
-        side(0)
-        queueing[name] = queueing_seconds(partial(side, 0), device)
-        seconds = wall_seconds(partial(side, 0), device)
+        seconds = queueing[name] = wall_seconds(partial(side, next(calls)), device)
+        if seconds <= limit_s:
+            queueing[name] = queueing_seconds(partial(side, next(calls)), device)
+            seconds = wall_seconds(partial(side, next(calls)), device)
         own_turns[name] = max(1, min(num_turns, int(limit_s / (2 * max(seconds, 1e-9)))))
     times = {name: Times() for name in sides}
     for turn in range(num_turns):
@@ -103,9 +108,9 @@ def in_turns(
             own = own_turns[name]
             if (turn + 1) * own // num_turns == turn * own // num_turns:
                 continue
-            call = partial(sides[name], turn)
-            times[name].device.append(device_seconds(call, device, queueing[name]))
-            times[name].wall.append(wall_seconds(call, device))
+            first, second = (partial(sides[name], next(calls)) for _ in range(2))
+            times[name].device.append(device_seconds(first, device, queueing[name]))
+            times[name].wall.append(wall_seconds(second, device))
     return times
 
 

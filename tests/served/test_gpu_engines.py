@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,25 +69,105 @@ def test_a_case_has_what_its_card_leaves(cases: ModuleType, decode: ModuleType) 
     assert "full attention needs" in reason
 
 
-def test_a_start_that_fails_is_tried_in_the_next_way_and_kept(
-    sides: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@dataclass
+class Starts:
+    """In the place of processes: how starts end, by side and way, and how long they had."""
+
+    ends: dict[tuple[str, str], str]
+    limits: list[float] = field(default_factory=list)
+
+    def start(
+        self, stack: Any, name: str, request: Json, way: str, logs: Path, seconds: float
+    ) -> Json:
+        self.limits.append(seconds)
+        status = self.ends.get((name, way), "started")
+        return {"status": status, "way": way} | ({"side": name} if status == "started" else {})
+
+
+def starts_of(
+    sides: ModuleType, names: Sequence[str], ways: Sequence[str], left: float
+) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """The sides that run, and every start in the order in which it was made."""
+    with ExitStack() as stack:
+        until = time.monotonic() + left
+        requests: dict[str, Json] = {name: {} for name in names}
+        found, starts = sides.start_sides(stack, requests, ways, Path(), 0.3 * left, until)
+    return list(found), [(start["name"], start["status"], start["way"]) for start in starts]
+
+
+def test_all_sides_run_in_the_first_way_in_which_none_fails(
+    sides: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ways = list(sides.WAYS)
+    """Regression: full attention ran compiled beside compression that did not."""
+    first, second, _ = ways = list(sides.WAYS)
+    starts = Starts({("full", first): "failed"})
+    monkeypatch.setattr(sides, "start", starts.start)
+    names = ("full", "compressed")
+    assert starts_of(sides, names, ways, 900.0) == (
+        ["full", "compressed"],
+        [
+            ("full", "failed", first),
+            ("full", "started", second),
+            ("compressed", "started", second),
+        ],
+    )
+    starts.ends = {("compressed", first): "failed"}
+    assert starts_of(sides, names, ways, 900.0) == (
+        ["full", "compressed"],
+        [
+            ("full", "started", first),
+            ("compressed", "failed", first),
+            ("full", "started", second),
+            ("compressed", "started", second),
+        ],
+    )
+    starts.ends = {("compressed", first): "refused"}
+    assert starts_of(sides, names, ways, 900.0)[0] == ["full"]
+    starts.ends = {("full", way): "failed" for way in ways}
+    running, made = starts_of(sides, names, ways, 900.0)
+    assert running == ["compressed"]
+    assert made[-1] == ("compressed", "started", sides.EAGER)
 
-    def start(stack: Any, name: str, request: Json, way: str, logs: Path, seconds: float) -> Json:
-        if name == "compressed":
-            return {"status": "refused", "way": way, "reason": "no worker"}
-        status = "failed" if way == ways[0] else "started"
-        return {"status": status, "way": way} | ({"side": 1} if status == "started" else {})
 
-    monkeypatch.setattr(sides, "start", start)
-    requests: Json = {"full": {}, "compressed": {}}
-    started, starts = sides.start_sides(None, requests, ways, tmp_path, 1.0)
-    assert started == {"full": 1}
-    assert [(found["name"], found["status"], found["way"]) for found in starts] == [
-        ("full", "failed", ways[0]),
-        ("full", "started", ways[1]),
-        ("compressed", "refused", ways[1]),
+def test_a_start_has_the_time_of_its_way_and_leaves_an_eager_one_its_own(
+    sides: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: an engine had less than a minute to compile, and none was left for the others."""
+    starts = Starts({})
+    monkeypatch.setattr(sides, "start", starts.start)
+    ways, least = list(sides.WAYS), sides.LEAST_START_S
+    assert least[sides.COMPILED] >= 120
+    _, made = starts_of(sides, ("full",), ways, 250.0)
+    assert made == [("full", "started", sides.COMPILED)]
+    assert starts.limits.pop() == pytest.approx(least[sides.COMPILED], abs=1)
+    _, made = starts_of(sides, ("full",), ways, 1000.0)
+    assert starts.limits.pop() == pytest.approx(300.0, abs=1)
+    _, made = starts_of(sides, ("full",), ways, 100.0)
+    assert [status for _, status, _ in made] == ["not begun", "not begun", "started"]
+    assert starts.limits.pop() == pytest.approx(least[sides.EAGER], abs=1)
+    _, made = starts_of(sides, ("full",), ways, 20.0)
+    assert made[-1] == ("full", "started", sides.EAGER)
+    assert starts.limits.pop() == pytest.approx(20.0, abs=1)
+
+
+def test_sides_one_after_another_run_in_the_way_of_the_first(
+    cases: ModuleType, decode: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Regression: each group of sides began again with the first way."""
+    sides = sys.modules["gpu.sides"]
+    starts = Starts({("full", sides.COMPILED): "failed"})
+    monkeypatch.setattr(sides, "start", starts.start)
+    both = {"full": cases.Side(), "compressed": cases.Side(cases.settings(2048))}
+    size = cases.Size(cases.Case(both, backlog=cases.Backlog()), 128, pool_bytes=1 << 30)
+    report = decode.Report(tmp_path / "card.json", {})
+    monkeypatch.setattr(decode, "ended_after", lambda side, seconds: nullcontext())
+    monkeypatch.setattr(decode, "one_backlog", lambda *arguments: None)
+    decode.run_case(size, tmp_path, report, tmp_path, time.monotonic(), 900.0)
+    made = [(start["name"], start["way"]) for start in report.found["starts"]]
+    assert made == [
+        ("full", sides.COMPILED),
+        ("full", sides.GRAPHS),
+        ("compressed", sides.GRAPHS),
     ]
 
 
@@ -183,7 +263,7 @@ def test_an_engine_is_held_against_the_float64_reference(
         arguments = (str(folder), side == "compressed", way, result, length)
         run_fresh(dense.observe, *arguments, environment={}, timeout=500)
         found = torch.load(result, weights_only=False)
-        return {"side": side, "way": way, "exit": 0, "found": found}
+        return {"status": "passed", "way": way, "found": found}
 
     def judged(folder: Path, full: Json, compressed: Json) -> list[Any]:
         seen.update(full=full, compressed=compressed)

@@ -1,16 +1,14 @@
-"""The kernel benchmark and the GPU package, as far as they run without a GPU."""
+"""The kernel benchmark, as far as it runs without a GPU."""
 
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +18,6 @@ from torch import Tensor
 from triattention_vllm import SettingsError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-ROOT = BENCHMARKS.parent
 OPERATIONS = {
     *("score", "select", "select_redundancy", "compact", "round"),
     *("fill_holes", "compact_fill_holes", "shift"),
@@ -39,16 +36,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture
-def parts(gpu_script: Callable[[str], ModuleType]) -> ModuleType:
-    return gpu_script("parts")
-
-
-@pytest.fixture
-def stages(gpu_script: Callable[[str], ModuleType]) -> ModuleType:
-    return gpu_script("run")
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +188,28 @@ def test_shapes_without_time_are_listed(kernels: ModuleType, tmp_path: Path) -> 
     assert json.loads(output.read_text(encoding="utf-8"))["skipped"] == report["skipped"]
 
 
+def test_a_shape_that_would_not_end_in_time_is_not_begun(
+    kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request takes 5 s here, so 10 are left for the fourth shape. It is nearest to the third."""
+    now = [0.0]
+
+    def measured(model: Any, budget: int, num_requests: int, *_: Any) -> Json:
+        now[0] += 5.0 * num_requests
+        return {"num_requests": num_requests, "copy_bytes_per_s": 1.0, "operations": {}, **shape}
+
+    shape = {"model": "tiny", "budget": 192}
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(kernels, "measure", measured)
+    size = replace(kernels.TINY, num_requests=(1, 2, 4, 3, 1))
+    sides = kernels.default_sides("cpu")
+    report = kernels.run(size, tmp_path / "out.json", "cpu", sides, seconds=45.0)
+    assert [result["num_requests"] for result in report["results"]] == [1, 2, 4, 1]
+    (skipped,) = report["skipped"]
+    assert skipped["num_requests"] == 3
+    assert "10 s are left, it may need 20" in skipped["reason"]
+
+
 def test_a_round_is_that_of_the_default_settings(kernels: ModuleType) -> None:
     """Budget 2048, interval 128, window 512, 16 sinks: tokens 16 to 1663, and 128 of them go."""
     shape = kernels.round_shape(kernels.MODELS[0], 2048, 1)
@@ -214,164 +223,3 @@ def test_a_budget_that_a_server_refuses_is_refused(kernels: ModuleType) -> None:
     with pytest.raises(SettingsError, match="at least 170 tokens"):
         kernels.round_shape(kernels.MODELS[0], 169, 1)
     assert kernels.round_shape(kernels.MODELS[0], 170, 1).num_destination_blocks > 0
-
-
-def write_wheel(path: Path, files: dict[str, bytes]) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-
-
-@pytest.fixture
-def site(parts: ModuleType, tmp_path: Path) -> Path:
-    """What is left of two small wheels."""
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    write_wheel(
-        wheels / "vllm-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl",
-        {
-            "vllm/__init__.py": b"",
-            "vllm/_C_stable_libtorch.abi3.so": os.urandom(2000),
-            "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": b"f" * 3000,
-            "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so": b"not needed",
-            "vllm/third_party/cutlass/matrix.hpp": b"not needed",
-            "vllm/kernels/config.json": b"{}",
-            "vllm-0.32.0.dist-info/METADATA": b"Name: vllm",
-        },
-    )
-    write_wheel(
-        wheels / "small-1.0-py3-none-any.whl",
-        {
-            "small/part.so": b"s",
-            "small-1.0.dist-info/METADATA": b"Name: small",
-            "small-1.0.data/scripts/tool": b"not needed",
-        },
-    )
-    root = tmp_path / "site"
-    parts.unzip_wheels(wheels.glob("*.whl"), root)
-    return root
-
-
-def test_the_wheels_files_travel_unmodified_in_two_folders(
-    parts: ModuleType, site: Path, tmp_path: Path
-) -> None:
-    names = sorted(parts.files_under(site))
-    assert names == [
-        "small-1.0.dist-info/METADATA",
-        "small/part.so",
-        "vllm-0.32.0.dist-info/METADATA",
-        "vllm/_C_stable_libtorch.abi3.so",
-        "vllm/__init__.py",
-        "vllm/kernels/config.json",
-        "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so",
-    ]
-    first, second = parts.split(names)
-    assert first == ["vllm/_C_stable_libtorch.abi3.so"]
-    assert sorted(first + second) == names
-    for part, own in (("first", first), ("second", second)):
-        manifest = parts.pack(site, own, tmp_path / part)
-        again = parts.pack(site, own, tmp_path / f"{part}-again")
-        assert list(manifest["files"]) == sorted(own)
-        assert manifest == again
-    there = tmp_path / "there"
-    assert parts.unpack([tmp_path / "second"], there) == 6
-    assert parts.unpack([tmp_path / "first"], there) == 1
-    for name in names:
-        assert (there / name).read_bytes() == (site / name).read_bytes()
-
-
-def test_a_damaged_part_is_refused(parts: ModuleType, site: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "part"
-    parts.pack(site, ["vllm/_C_stable_libtorch.abi3.so"], folder)
-    archive = folder / "part.tar.xz"
-    archive.write_bytes(archive.read_bytes()[:-8] + b"damaged!")
-    with pytest.raises(ValueError, match="carry it again"):
-        parts.unpack([folder], tmp_path / "there")
-
-
-def test_a_folder_that_is_too_large_is_refused(
-    parts: ModuleType, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(parts, "LIMIT_BYTES", 1000)
-    with pytest.raises(ValueError, match="can be carried"):
-        parts.pack(site, ["vllm/_C_stable_libtorch.abi3.so"], tmp_path / "part")
-
-
-def test_a_wheel_of_another_build_is_refused(parts: ModuleType) -> None:
-    with pytest.raises(ValueError, match="not the CUDA build"):
-        parts.split(["vllm/__init__.py"])
-
-
-def test_every_package_is_listed_once_with_its_version(parts: ModuleType) -> None:
-    listed = parts.requirements_of(parts.PACKAGES)
-    assert len(listed) > 30
-    assert all(requirement.count("==") == 1 for requirement in listed)
-    names = [requirement.split("==")[0] for requirement in listed]
-    assert len(set(names)) == len(names)
-
-
-def stage_of(stages: ModuleType, name: str, code: str, **changes: Any) -> Any:
-    def command(folder: Path, seconds: float) -> list[str]:
-        return ["-c", code.replace("FOLDER", str(folder))]
-
-    return stages.Stage(
-        name, command, **{"share": 1, "result": None, "exits": {0: "passed"}} | changes
-    )
-
-
-def test_a_stage_that_fails_or_hangs_stops_nothing(
-    stages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The time of the stage that hangs is over once it has written its result, however long that
-    took; no other stage is near its limit.
-    """
-
-    class TimeOver(subprocess.Popen):  # type: ignore[type-arg]
-        def wait(self, timeout: float | None = None) -> int:
-            if timeout is None or "pause()" not in self.args[-1]:
-                return super().wait(timeout)
-            while not (tmp_path / "kernels.json").exists():
-                assert self.poll() is None, "it ended without a result"
-                time.sleep(0.05)
-            raise subprocess.TimeoutExpired(self.args, timeout)
-
-    monkeypatch.setattr(stages.subprocess, "Popen", TimeOver)
-    hangs = (
-        "import os, signal; open('FOLDER/part', 'w').write('{\"results\": [1]}'); "
-        "os.replace('FOLDER/part', 'FOLDER/kernels.json'); signal.pause()"
-    )
-    listed = (
-        stage_of(stages, "tests", "raise SystemExit(5)"),
-        stage_of(stages, "kernels", hangs, result="kernels.json"),
-        stage_of(stages, "engine", "import triattention_kernels, gpu.parts; print('here')"),
-    )
-    summary = stages.run(listed, tmp_path, 60.0, None, {})
-    found = summary["stages"]
-    assert found["tests"]["status"] == "failed with exit code 5"
-    assert found["kernels"]["status"].startswith("stopped after")
-    assert found["kernels"]["result"] == {"results": [1]}
-    assert found["engine"]["status"] == "passed"
-    assert found["engine"]["last_lines"] == ["here"]
-    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
-
-
-def test_a_refusal_of_the_engine_is_shown_in_the_table(stages: ModuleType) -> None:
-    start = {"name": "compressed", "way": "eager", "status": "refused", "reason": "no worker for X"}
-    stage = {"status": "refused", "seconds": 3.0, "result": {"starts": [start]}}
-    assert "compressed (eager) refused: no worker for X" in stages.table_of(
-        {"stages": {"engine": stage}}
-    )
-
-
-def test_a_plain_clone_has_the_plugins_entry_point(stages: ModuleType, tmp_path: Path) -> None:
-    folder = stages.write_entry_point(tmp_path / "metadata")
-    code = (
-        "from importlib.metadata import entry_points\n"
-        "print(*{e.value for e in entry_points(group='vllm.general_plugins')"
-        " if e.name == 'triattention_vllm'})"
-    )
-    environment = {"PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT, ROOT / "kernels")))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
-    )
-    assert done.stdout.strip() == "triattention_vllm.plugin:register", done.stderr
