@@ -224,7 +224,7 @@ def run(output: Path, seconds: float, commit: str | None, length: int, ways: lis
             found = {}
             for side in ("compressed", "full"):
                 left = until - time.monotonic()
-                limit = start_limit(way, ways, left, START_SHARE * seconds)
+                limit = start_limit(way, [way] if found else ways, left, START_SHARE * seconds)
                 start = too_late(way, left)
                 if limit is not None:
                     start = started(side, folder, output, way, limit, length)

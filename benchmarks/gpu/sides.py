@@ -151,7 +151,8 @@ def start_sides(
         own, sides = ExitStack(), {}
         for name, request in requests.items():
             left = until - time.monotonic()
-            limit = start_limit(way, ways, left, share)
+            # A way in which one side runs is the only one by then.
+            limit = start_limit(way, [way] if sides else ways, left, share)
             found = too_late(way, left)
             if limit is not None:
                 found = start(own, name, request, way, logs, limit)
