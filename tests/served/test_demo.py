@@ -149,6 +149,7 @@ def test_settings_of_this_shell_do_not_reach_the_server(
 ) -> None:
     monkeypatch.setenv("TRIATTENTION_ENABLE", "1")
     monkeypatch.setenv("TRIATTN_RUNTIME_KV_BUDGET", "64")
+    monkeypatch.setenv("TRIATTENTION_ALLOW_UNTESTED_VLLM", "1")
     write_script(stand_in, "env; exit 1")
     environment = {"TRIATTENTION_CACHE": "/chosen"}
     with (
@@ -159,4 +160,5 @@ def test_settings_of_this_shell_do_not_reach_the_server(
     shown = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
     assert "TRIATTENTION_CACHE=/chosen" in shown
     assert "HF_HUB_OFFLINE=1" in shown
+    assert "TRIATTENTION_ALLOW_UNTESTED_VLLM=1" in shown
     assert not [line for line in shown if line.startswith(("TRIATTENTION_ENABLE", "TRIATTN_"))]

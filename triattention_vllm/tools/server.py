@@ -15,6 +15,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from triattention_vllm.environment import ALLOW_UNTESTED_VLLM
 from triattention_vllm.errors import TriAttentionError
 
 _OWN_PREFIXES = ("TRIATTENTION_", "TRIATTN_", "ENABLE_TRIATTENTION")
@@ -161,13 +162,18 @@ def serving(
     """``vllm serve model arguments...`` on a free port of 127.0.0.1, ready; stopped at the end.
 
     The server sees this process' environment without this package's variables, plus
-    ``environment``; it needs no network. Its output goes to ``log_path``.
+    ``environment``; it needs no network. That untested versions are accepted is no setting but
+    the user's word about this machine, and reaches it. Its output goes to ``log_path``.
     Raises TriAttentionError where it does not become ready within ``timeout`` seconds.
     """
     port = free_port()
     command = [str(vllm_command()), "serve", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(port), *arguments]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(_OWN_PREFIXES)}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name == ALLOW_UNTESTED_VLLM or not name.startswith(_OWN_PREFIXES)
+    }
     offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log_path.open("wb") as log:
         process = subprocess.Popen(
