@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_model import write_tiny_model
+from torch import Tensor
+from triattention_kernels import PagedKV, RoundBatch, compact, select
 
 from triattention_vllm.child_report import run_child
+from triattention_vllm.config import Settings
 from triattention_vllm.method.statistics import Fingerprint, Statistics
-from triattention_vllm.tools import doctor
+from triattention_vllm.tools import doctor, try_operations
 from triattention_vllm.tools.doctor import check_engine, check_operations, check_vllm
 from triattention_vllm.tools.main import main
 
@@ -101,6 +104,33 @@ def test_the_operations_are_tried_in_a_process_of_their_own() -> None:
     report = run_child("triattention_vllm.tools.try_operations")
     assert (report["step"], report["is_right"]) == ("done", True)
     assert report["score_error"] < 1e-4
+
+
+def test_the_operations_tried_are_those_of_a_default_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Redundancy and both ways of moving are kernels of their own, which a GPU has to compile."""
+    weights: list[float] = []
+    moved: list[tuple[Any, ...]] = []
+
+    def selecting(*arguments: Any) -> Tensor:
+        kept = select(*arguments)
+        repeats = arguments[-1]
+        weights.append(repeats.weight)
+        assert not torch.equal(kept, select(*arguments[:-1])), "redundancy changes nothing here"
+        return kept
+
+    def moving(kv: PagedKV, batch: RoundBatch, *arguments: Any) -> None:
+        moved.append((*arguments[1:], batch.moves_forward))
+        compact(kv, batch, *arguments)
+
+    monkeypatch.setattr(try_operations, "select", selecting)
+    monkeypatch.setattr(try_operations, "compact", moving)
+    report: dict[str, Any] = {}
+    try_operations.try_round(report, "cpu")
+    assert report["is_right"]
+    assert weights == [Settings().redundancy / 100] * 2
+    assert moved == [(True,), ("torch", True), (False,), ("torch", False)]
 
 
 def test_the_error_of_a_child_is_reported(tmp_path: Path) -> None:
