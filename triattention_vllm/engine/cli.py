@@ -61,6 +61,7 @@ class MergeSettings(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
+        """Ends the command line's reading where ``values`` is no JSON object."""
         try:
             given = json.loads(str(values))
         except json.JSONDecodeError as error:
