@@ -105,9 +105,23 @@ def test_tools_reach_the_engine_only_when_they_run(path: Path) -> None:
     )
 
 
+def without_the_reader_of_models_fields(path: Path) -> ast.Module:
+    """A file's code; the one function that may ask whether an attribute exists is left out:
+    configurations of models differ in which fields they have."""
+    tree = ast.parse(path.read_text())
+    if path == TOOLS / "model_shape.py":
+        (reader,) = (
+            node
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and node.name == "_field"
+        )
+        tree.body.remove(reader)
+    return tree
+
+
 @pytest.mark.parametrize("path", sources(PLUGIN) + sources(KERNELS), ids=shown)
 def test_no_file_catches_everything_or_guesses_attributes(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(without_the_reader_of_models_fields(path)):
         if isinstance(node, ast.ExceptHandler):
             caught = "" if node.type is None else ast.unparse(node.type)
             raises_again = ast.unparse(node.body[-1]) == "raise"
@@ -116,6 +130,8 @@ def test_no_file_catches_everything_or_guesses_attributes(path: Path) -> None:
             )
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
             assert len(node.args) == 2, f"line {node.lineno}: getattr with a default"
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) != "hasattr", f"line {node.lineno}: hasattr"
 
 
 COLD = """

@@ -183,7 +183,8 @@ def test_the_table_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         ('{"model_type": "gptj"}', "num_key_value_heads is None in the configuration of GPTJ"),
         ('{"model_type": "deepseek_v3"}', "has multi-head latent attention"),
-        ('{"model_type": "jamba"}', "has state-space layers"),
+        ('{"model_type": "jamba"}', "state-space layers (mamba_d_state)"),
+        ('{"model_type": "recurrent_gemma"}', "has recurrent layers (layers_block_type)"),
         ('{"model_type": "t5"}', "has an encoder"),
         ('{"model_type": "mistral", "sliding_window": 64}', "no full-attention layer"),
         ("not JSON", "is not a model that transformers can read"),

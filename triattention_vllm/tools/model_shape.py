@@ -27,7 +27,7 @@ _LINEAR_FIELDS = (
 )
 _NOT_COUNTED = {
     "kv_lora_rank": "multi-head latent attention",
-    "layers_block_type": "state-space layers",
+    "layers_block_type": "recurrent layers",
     "mamba_d_state": "state-space layers",
     "is_encoder_decoder": "an encoder",
 }
@@ -125,7 +125,7 @@ def read_model(source: str) -> ModelShape:
     layers, first, last = _count_parameters(model, num_layers)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
-    quantisation = vars(config).get("quantization_config") or {}
+    quantisation = _field(config, "quantization_config") or {}
     return ModelShape(
         name=(config.architectures or [config.model_type])[0],
         windows=windows,
@@ -189,12 +189,12 @@ def read_config(source: str) -> Any:
 def _refuse_not_counted(source: str, text: Any) -> None:
     """Raise UnsupportedError for layers that are not counted here."""
     found = [
-        f"{reason} ({field}={vars(text).get(field)!r})"
+        f"{reason} ({field})"
         for field, reason in _NOT_COUNTED.items()
-        if hasattr(text, field) and vars(text).get(field) not in (None, False)
+        if _field(text, field) not in (None, False)
     ]
     # transformers 5.19 and later: layers with fields of their own, such as Gemma 4's head dims.
-    if hasattr(text, "is_heterogeneous") and text.is_heterogeneous:
+    if _field(text, "is_heterogeneous"):
         found.append("layers whose shapes differ from each other")
     if found:
         raise UnsupportedError(
@@ -203,9 +203,15 @@ def _refuse_not_counted(source: str, text: Any) -> None:
         )
 
 
+def _field(config: Any, name: str) -> Any:
+    """A field of the configuration, or None where it has none of that name: the classes of models
+    differ in which fields they have. Their ``attribute_map`` knows older spellings."""
+    return getattr(config, name) if hasattr(config, name) else None
+
+
 def _number(source: str, text: Any, field: str) -> int:
-    """A positive whole number of the configuration; ``attribute_map`` knows older spellings."""
-    value = getattr(text, field) if hasattr(text, field) else None
+    """A positive whole number of the configuration."""
+    value = _field(text, field)
     if type(value) is not int or value < 1:
         raise UnsupportedError(
             f"{source}: {field} is {value!r} in the configuration of {type(text).__name__}; it "
@@ -215,7 +221,7 @@ def _number(source: str, text: Any, field: str) -> int:
 
 
 def _head_dim(source: str, text: Any) -> int:
-    if hasattr(text, "head_dim") and text.head_dim is not None:
+    if _field(text, "head_dim") is not None:
         return _number(source, text, "head_dim")
     hidden = _number(source, text, "hidden_size")
     return hidden // _number(source, text, "num_attention_heads")
@@ -223,15 +229,14 @@ def _head_dim(source: str, text: Any) -> int:
 
 def _windows(source: str, text: Any, num_layers: int) -> tuple[int | LinearState | None, ...]:
     """What each layer caches; ``layer_types`` says so, or one window for all layers."""
-    has_types = hasattr(text, "layer_types") and text.layer_types is not None
-    has_window = hasattr(text, "sliding_window") and text.sliding_window is not None
-    default = "sliding_attention" if has_window else _FULL
-    kinds: Sequence[str] = text.layer_types if has_types else [default] * num_layers
+    default = _FULL if _field(text, "sliding_window") is None else "sliding_attention"
+    types: Sequence[str] | None = _field(text, "layer_types")
+    kinds = [default] * num_layers if types is None else types
     known: dict[str, int | LinearState | None] = {_FULL: None}
     for kind in sorted(set(kinds) - {_FULL}):
         if kind in _WINDOW_FIELDS:
             known[kind] = _number(source, text, _WINDOW_FIELDS[kind])
-        elif kind == _LINEAR and all(hasattr(text, field) for field in _LINEAR_FIELDS):
+        elif kind == _LINEAR and all(_field(text, name) is not None for name in _LINEAR_FIELDS):
             known[kind] = _linear_state(source, text)
         else:
             raise UnsupportedError(
@@ -251,7 +256,7 @@ def _linear_state(source: str, text: Any) -> LinearState:
     return LinearState(
         conv_elements=(2 * key_heads * key_dim + value_heads * value_dim) * (kernel - 1),
         recurrent_elements=value_heads * value_dim * key_dim,
-        recurrent_dtype=text.mamba_ssm_dtype if hasattr(text, "mamba_ssm_dtype") else None,
+        recurrent_dtype=_field(text, "mamba_ssm_dtype"),
     )
 
 
