@@ -33,13 +33,6 @@ class Metric:
         """The name under which queries find it; a histogram's has ``_bucket`` and so on behind."""
         return f"{self.name}_total" if self.kind == "counter" else self.name
 
-    @property
-    def sample_names(self) -> tuple[str, ...]:
-        """Names of the samples that a scrape returns."""
-        if self.kind == "histogram":
-            return tuple(f"{self.name}_{part}" for part in ("bucket", "sum", "count"))
-        return (self.shown_name,)
-
 
 ROUNDS = Metric(f"{PREFIX}rounds", "counter", "Rounds sent to the workers.")
 EVICTED_TOKENS = Metric(f"{PREFIX}evicted_tokens", "counter", "Tokens that rounds evicted.")

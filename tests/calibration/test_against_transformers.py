@@ -12,11 +12,9 @@ from fresh_process import run_script
 from test_dense_reference import in_float64
 from tiny_model import write_tiny_model
 from tiny_models import CONFIGS, write_model
+from vllm_limits import CPU_SINKS_MAY_BE_FLOAT32
 
-from triattention_vllm.engine.differences import (
-    CPU_SINKS_MAY_BE_FLOAT32,
-    TRANSFORMERS_LAYERS_ARE_IN_THE_TREE,
-)
+from triattention_vllm.engine.differences import TRANSFORMERS_LAYERS_ARE_IN_THE_TREE
 from triattention_vllm.method.statistics import Statistics
 from triattention_vllm.texts import shipped_text
 

@@ -10,12 +10,10 @@ from dense_reference import DenseReference
 from dense_replay import Replay, replay, steps_of
 from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
 from fresh_process import ProcessError
+from vllm_limits import CPU_SINKS_MAY_BE_FLOAT32
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.differences import (
-    CPU_SINKS_MAY_BE_FLOAT32,
-    TRANSFORMERS_LAYERS_ARE_IN_THE_TREE,
-)
+from triattention_vllm.engine.differences import TRANSFORMERS_LAYERS_ARE_IN_THE_TREE
 from triattention_vllm.method.statistics import Statistics
 
 SMALL = {"budget": 128, "interval": 32, "window": 16}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from sample_names import sample_names
 from tiny_model import write_tiny_model
 
 from triattention_vllm.config import Settings
@@ -123,7 +124,7 @@ def test_the_gauges_follow_the_requests_that_run_now_and_an_abort(server: Server
 
 def test_every_metric_is_in_a_scrape_beside_vllms(server: Server) -> None:
     samples = scraped(server)["0"]
-    declared = {name.removeprefix(PREFIX) for metric in METRICS for name in metric.sample_names}
+    declared = {name.removeprefix(PREFIX) for metric in METRICS for name in sample_names(metric)}
     assert set(samples) == {name for name in declared if not name.endswith("_bucket")}
     assert "vllm:num_preemptions_total" in server.metrics()
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from held_blocks import held_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from triattention_vllm.tools.pool import (
     Deployment,
     Group,
     group_layers,
-    held_blocks,
     lay_out,
     request_blocks,
 )

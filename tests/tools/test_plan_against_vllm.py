@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import random_prompt, run_engine
+from held_blocks import held_blocks
 from tiny_model import write_tiny_model
 
 from triattention_vllm.config import Settings
 from triattention_vllm.tools.main import main
 from triattention_vllm.tools.model_shape import read_model, stages
-from triattention_vllm.tools.pool import group_layers, held_blocks
+from triattention_vllm.tools.pool import group_layers
 
 CONFIGS = Path(__file__).parent / "configs"
 POOL_BYTES = 3 << 20

@@ -36,10 +36,6 @@ JIT_MONITOR_CAN_WAIT = LINE >= (0, 31)
 which ours calls behind its own warm-up; before, that warm-up is reported (``--jit-monitor-mode
 warn``) or refused (``error``)."""
 
-CPU_SINKS_MAY_BE_FLOAT32 = LINE >= (0, 31)
-"""Whether vLLM's CPU attention takes learned sinks in another dtype than bfloat16; before, such a
-model ends in vLLM's own RuntimeError at its first step, with compression or without."""
-
 
 def is_block_writable(pool: BlockPool, block: KVCacheBlock) -> bool:
     """Whether ``block`` has one owner and no prefix-cache hash, so that it may be refilled.

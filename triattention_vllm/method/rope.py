@@ -139,24 +139,9 @@ class Rotary:
         if self.rotary_dims[layer_idx] == 0:
             shape = (*query.shape[:2], self.num_frequencies)
             return torch.zeros(shape, dtype=torch.complex128, device=query.device), unrotated
-        turn = self._turn(positions, layer_idx, query.device).conj()
-        pairs = pairs_from_dims(rotated, self.interleaved) * turn
+        turn = phases(self.inv_freq[layer_idx].to(query.device), positions.to(query.device))
+        pairs = pairs_from_dims(rotated, self.interleaved) * turn.conj().unsqueeze(1)
         return pairs / self.attention_factor[layer_idx].to(query.device), unrotated
-
-    def rotate(self, query: Tensor, positions: Tensor, layer_idx: int) -> Tensor:
-        """RoPE itself: [n, H, D] before RoPE to float64 [n, H, D] after; undone by un_rotate."""
-        rotated, unrotated = self._split(query, positions, layer_idx)
-        if self.rotary_dims[layer_idx] == 0:
-            return unrotated
-        turn = self._turn(positions, layer_idx, query.device)
-        pairs = pairs_from_dims(rotated, self.interleaved) * turn
-        pairs = pairs * self.attention_factor[layer_idx].to(query.device)
-        return torch.cat((dims_from_pairs(pairs, self.interleaved), unrotated), dim=-1)
-
-    def _turn(self, positions: Tensor, layer_idx: int, device: torch.device) -> Tensor:
-        """``exp(i w_f p)`` as complex128 [n, 1, F]."""
-        inv_freq = self.inv_freq[layer_idx].to(device)
-        return phases(inv_freq, positions.to(device)).unsqueeze(1)
 
     def _split(self, query: Tensor, positions: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Rotated and unrotated dims of [n, H, D], in float64, after checking the shapes."""

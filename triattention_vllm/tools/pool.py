@@ -65,13 +65,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model on its GPUs. groups: of the whole model. page: bytes that a block takes in one
-    layer. block_size: tokens; larger than asked for where a linear-attention state has to fit
-    into a block. weights, block_bytes: on one GPU of each pipeline stage.
+    """A model on its GPUs. groups: of the whole model. block_size: tokens; larger than asked for
+    where a linear-attention state has to fit into a block. weights, block_bytes: on one GPU of
+    each pipeline stage.
     """
 
     groups: tuple[Group, ...]
-    page: int
     block_size: int
     weights: tuple[int, ...]
     block_bytes: tuple[int, ...]
@@ -121,7 +120,6 @@ def lay_out(model: ModelShape, deployment: Deployment) -> Layout:
     dealt = stages(model.num_layers, deployment.pipeline_parallel)
     return Layout(
         groups=groups,
-        page=token_bytes * block_size,
         block_size=block_size,
         weights=tuple(
             _stage_weights(model, deployment, layers, stage_idx) // parallel
@@ -154,18 +152,6 @@ def _state_bytes(state: LinearState, deployment: Deployment) -> int:
     recurrent = own if state.recurrent_dtype is None else ITEM_BYTES[state.recurrent_dtype]
     total = state.conv_elements * own + state.recurrent_elements * recurrent
     return total // deployment.tensor_parallel
-
-
-def held_blocks(policy: Policy, num_prompt_tokens: int, num_tokens: int) -> int:
-    """Blocks that a decoding request holds in a full-attention group once its ``num_tokens``-th
-    token has its place: those of all tokens, less what rounds at shorter lengths have freed."""
-    num_evicted = 0
-    interval = policy.request_budget(num_prompt_tokens) + policy.interval
-    while num_evicted + interval < num_tokens:
-        due = policy.due_round(num_evicted + interval, num_evicted, num_prompt_tokens)
-        assert due is not None, "budget and interval are full"
-        num_evicted = due.num_evicted_after
-    return (ceil_to_block(num_tokens, policy.block_size) - num_evicted) // policy.block_size
 
 
 def request_blocks(

@@ -66,20 +66,6 @@ class StatisticsAccumulator:
         self._unrotated_sums[layer_idx, :, rotary_dim:] += unrotated_sum
         self._num_tokens[layer_idx] += num_tokens
 
-    def merge(self, other: "StatisticsAccumulator") -> None:
-        """Add everything another accumulator of the same layers and heads has seen."""
-        mine = (self.num_heads, self.head_dim, self.rotary_dims)
-        theirs = (other.num_heads, other.head_dim, other.rotary_dims)
-        if mine != theirs:
-            raise StatisticsError(
-                "accumulators of different layers or heads cannot be merged: (num_heads, "
-                f"head_dim, rotary_dims) are {mine} and {theirs}"
-            )
-        self._pair_sums += other._pair_sums
-        self._magnitude_sums += other._magnitude_sums
-        self._unrotated_sums += other._unrotated_sums
-        self._num_tokens = [a + b for a, b in zip(self._num_tokens, other._num_tokens, strict=True)]
-
     def finish(self, fingerprint: Fingerprint, text: str, versions: str) -> Statistics:
         """The means, as statistics of the fingerprint's model.
 
