@@ -42,6 +42,7 @@ Method = Literal[
     "h2o",
     "tova",
 ]
+# As in the kernels, whose import costs torch: a test holds the two together.
 Selection = Literal["per_head", "per_layer_per_head", "union"]
 Compaction = Literal["repack", "fill_holes"]
 When = Literal["always", "pressure"]
@@ -119,7 +120,7 @@ class Settings:
             "How survivors are moved: all in order, or only those behind the kept blocks, into "
             "the holes of the evicted; the second moves far fewer bytes.",
             (str,),
-            choices=("repack", "fill_holes"),
+            choices=get_args(Compaction),
         ),
     )
     score_normalise: Normalise = _described("heads", NORMALISE)

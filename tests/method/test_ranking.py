@@ -1,21 +1,22 @@
 """Variants of the ranking: by hand, against lists, and equal to ``select`` where it is its own."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triattention_kernels import PagedKV, Repeats, RoundBatch, select
+from triattention_kernels import PagedKV, Repeats, RoundBatch, Selection, select
 
+from triattention_vllm.config import descriptions
 from triattention_vllm.method.ranking import Ranking
 from triattention_vllm.method.round import run_rounds
 from triattention_vllm.method.score_knorm import KnormScorer
 
 NUM_LAYERS, NUM_KV_HEADS, GROUP, BLOCK_SIZE, HEAD_DIM = 2, 2, 2, 4, 8
-SELECTIONS = ("per_head", "per_layer_per_head", "union")
+SELECTIONS = get_args(Selection)
 BATCH = RoundBatch(
     source_blocks=torch.tensor([[3, 1, 7], [5, 2, 0]]),
     destination_blocks=torch.tensor([[3, 1], [5, 0]]),
@@ -23,6 +24,10 @@ BATCH = RoundBatch(
     num_destination_blocks=(2, 1),
     first_candidate=(1, 0),
 )
+
+
+def test_the_settings_offer_the_selections_that_the_kernels_know() -> None:
+    assert descriptions()["selection"].choices == SELECTIONS
 
 
 def small_cache(seed: int) -> PagedKV:

@@ -1,7 +1,7 @@
 """A worker's part in a round: which layers a group has, their scorer, and its plans."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -263,13 +263,13 @@ def target_rounds(
         queries = RecordedQueries(layers, observing.num_queries, settings.interval)
         observations = Observations(queries, observing.accumulates)
         return TargetRounds(kv, block_size, observing, settings, observations)
-    scorers: dict[str, Scorer] = {
-        "streamingllm": StreamingLLMScorer(),
-        "knorm": KnormScorer(),
-        "vnorm": VnormScorer(),
-        "random": RandomScorer(indices, rank * kv.num_kv_heads),
+    scorers: dict[str, Callable[[], Scorer]] = {
+        "streamingllm": StreamingLLMScorer,
+        "knorm": KnormScorer,
+        "vnorm": VnormScorer,
+        "random": lambda: RandomScorer(indices, rank * kv.num_kv_heads),
     }
-    return TargetRounds(kv, block_size, scorers[settings.method], settings)
+    return TargetRounds(kv, block_size, scorers[settings.method](), settings)
 
 
 def triattention_scorer(

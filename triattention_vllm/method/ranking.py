@@ -6,15 +6,14 @@ normalising it once more, and a mean over layers that are all equal, change no o
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from triattention_kernels import PagedKV, Repeats, RoundBatch, Selection, redundancy
+from triattention_kernels.select_torch import MIN_STD
 
 from triattention_vllm.method.region import region_norms
-
-MIN_STD = 1e-6
+from triattention_vllm.score_settings import LayersTogether
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Ranking:
     """
 
     normalise: bool = True
-    layers: Literal["mean", "max"] = "mean"
+    layers: LayersTogether = "mean"
     redundancy: int = 0
     protected_values: int = 0
 
