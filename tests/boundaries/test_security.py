@@ -24,6 +24,8 @@ SOURCES = [
 ]
 PUBLISHED = "triattention_vllm/method/statistics/published.py"
 SERVER = "triattention_vllm/tools/server.py"
+RANKS = "triattention_vllm/engine/ranks.py"
+CONFIGURATIONS = "triattention_vllm/tools/model_shape.py"
 
 FORBIDDEN = {
     *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.jit.load"),
@@ -31,6 +33,11 @@ FORBIDDEN = {
     *("dill.load", "dill.loads", "joblib.load", "yaml.load", "numpy.load", "np.load"),
 }
 LISTENING = {"listen", "bind", "create_server", "start_server", "serve_forever", "run_server"}
+PICKLING = {
+    *("all_gather_object", "gather_object", "broadcast_object", "broadcast_object_list"),
+    *("scatter_object_list", "send_object", "recv_object", "send_object_list", "recv_object_list"),
+}
+FETCHING = {"from_pretrained", "snapshot_download", "hf_hub_download", "urlretrieve"}
 LISTENERS = {"socketserver", "http.server", "xmlrpc", "multiprocessing.managers", "aiohttp", "zmq"}
 
 
@@ -62,12 +69,20 @@ def test_no_file_runs_code_that_comes_from_outside(path: Path) -> None:
         assert name not in FORBIDDEN, f"line {call.lineno}: {name}"
         arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert arguments.get("shell", "False") == "False", f"line {call.lineno}: a shell"
-        assert "trust_remote_code" not in arguments, f"line {call.lineno}"
+        assert arguments.get("trust_remote_code", "False") == "False", f"line {call.lineno}"
         if name == "torch.load":
             assert shown(path) == PUBLISHED, f"line {call.lineno}: torch.load"
             assert arguments.get("weights_only") == "True"
     # Its name is needed to catch the error that torch.load raises.
     assert "pickle" not in imports(path) or shown(path) == PUBLISHED
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=shown)
+def test_objects_are_sent_and_models_fetched_in_one_place_each(path: Path) -> None:
+    """Between the ranks of one engine, over vLLM's own groups; and a configuration by its name."""
+    called = {call.func.attr for call in calls(path) if isinstance(call.func, ast.Attribute)}
+    assert not called & PICKLING or shown(path) == RANKS
+    assert not called & FETCHING or shown(path) == CONFIGURATIONS
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=shown)

@@ -86,11 +86,20 @@ def test_a_plugin_whose_function_raises_is_found() -> None:
     assert "a seam" in check_vllm(report)[1].found
 
 
-def test_an_unverified_version_is_a_note() -> None:
-    assert [check.status for check in check_vllm({**HEALTHY, "is_verified": False})] == [
-        "note",
-        "ok",
-    ]
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"is_verified": False}, "the tests have not run on it"),
+        ({"platform": "cuda"}, "compression has not run on a GPU yet"),
+    ],
+)
+def test_a_version_or_a_device_that_is_not_verified_is_a_note(
+    changed: dict[str, Any], found: str
+) -> None:
+    note, plugin = check_vllm({**HEALTHY, **changed})
+    assert (note.status, plugin.status) == ("note", "ok")
+    assert found in note.found
+    assert "TRIATTENTION_ALLOW_UNTESTED_VLLM=1" in note.todo
 
 
 def test_operations_that_fail_or_differ_are_wrong() -> None:

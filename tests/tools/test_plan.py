@@ -223,6 +223,18 @@ def test_a_wrong_argument_is_refused_in_one_sentence(
     assert message in capsys.readouterr().err
 
 
+def test_code_that_a_model_brings_along_is_neither_run_nor_asked_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "own.Config"}}')
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\n")
+    assert main(["plan", str(tmp_path), "--gpu-memory", "24"]) == 1
+    shown = capsys.readouterr()
+    assert "contains custom code" in shown.err
+    assert shown.out == ""
+    assert not (tmp_path / "was-run").exists()
+
+
 def test_a_missing_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "gone/config.json", "--gpu-memory", "24"]) == 1
     assert "gone/config.json does not exist" in capsys.readouterr().err

@@ -103,6 +103,9 @@ def check_vllm(report: dict[str, Any]) -> list[Check]:
         todo = "repair or remove the plugin that the message names (VLLM_PLUGINS chooses)"
         return [Check("vLLM", "ok", version), Check("plugin", "wrong", found, todo)]
     checks = [Check("vLLM", "ok", f"{version}, a verified version")]
+    if report["platform"] != "cpu":
+        todo = f"accept that with {ALLOW_UNTESTED_VLLM}=1, or compression is refused"
+        checks = [Check("vLLM", "note", f"{version}; compression has not run on a GPU yet", todo)]
     if not report["is_verified"]:
         todo = f"install a verified version, or accept it with {ALLOW_UNTESTED_VLLM}=1"
         checks = [Check("vLLM", "note", f"{version}; the tests have not run on it", todo)]

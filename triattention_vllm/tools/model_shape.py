@@ -165,7 +165,8 @@ def stages(num_layers: int, num_stages: int) -> list[range]:
 
 
 def read_config(source: str) -> Any:
-    """transformers' configuration object."""
+    """transformers' configuration object; fetched from the model hub where ``source`` is a name
+    that no cache knows. Code that a model brings along is not run."""
     from transformers import AutoConfig
 
     path = Path(source)
@@ -177,7 +178,7 @@ def read_config(source: str) -> Any:
     if path.is_dir() and not (path / "config.json").is_file():
         raise UnsupportedError(f"The folder {source} has no config.json; give a model's folder.")
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedError(
