@@ -7,7 +7,7 @@ from random import Random
 
 import torch
 from quality.tasks import addition, copying, dfs, machine, needle, recall
-from quality.tasks.problem import Problem
+from quality.tasks.problem import HARD_WEIGHT, Problem
 from quality.vocabulary import IDS, PAD
 from quality.vocabulary import TASKS as JUDGED
 from torch import Tensor
@@ -20,6 +20,7 @@ GENERATORS: Mapping[str, Callable[[Random, int], Problem]] = {
     "add": addition.generate,
     "copy": copying.generate,
     "dense": partial(dfs.generate, extras=(4, 7, 10)),
+    "changed": partial(machine.generate, changed_weight=HARD_WEIGHT),
 }
 WARM_UP_LENGTH = 256
 WARM_UP_ROWS = (5, 1, 2, 5, 3, 1, 5, 2, 0, 5, 3, 4)
@@ -33,7 +34,7 @@ TASKS = tuple(GENERATORS)
 @dataclass(frozen=True)
 class Batch:
     """ids [B, T]; labels [B, T]: the next word where it belongs to an answer, else NOT_LEARNED;
-    weights [B, T]: how much a label counts, 0 where there is none, their sum is 1 in each row;
+    weights [B, T]: how much a label counts, 0 where there is none;
     graded bool [B, T]: labels that depend on memory; tasks: of each row, an index into TASKS."""
 
     ids: Tensor
@@ -79,6 +80,9 @@ def make_batch(
             weights[row, first - 1 : end - 1] = torch.tensor(turn.answer.weights)
             graded[row, first - 1 : end - 1] = torch.tensor(turn.answer.graded)
             place = end
-    # Every row weighs the same: tasks with short answers as much as those with long ones.
+    # Every row weighs the same: tasks with short answers as much as those with long ones. Late,
+    # where long answers are wrong in one word of a thousand, such a word would go under.
     weights /= weights.sum(dim=1, keepdim=True)
+    if late:
+        weights *= (labels != NOT_LEARNED).float().mean(dim=1, keepdim=True).sqrt()
     return Batch(ids, labels, weights, graded, torch.tensor(tasks))

@@ -28,12 +28,12 @@ STEPS_PER_LINE = 20
 @dataclass(frozen=True)
 class Plan:
     """Lengths in turn, growing with the steps (until this step, this long at most); from
-    ``late_from`` on the lengths and tasks of ``late`` in turn (until this step), which are mostly
-    those that are slow to learn. Tokens per step by length (up to this length, this many). The
-    learning rates rise over ``warm_up`` steps and fall linearly to 0 over the last share
-    ``falling``."""
+    ``late_from`` on those of ``late_lengths``, with ``late_tasks`` in turn (indices into TASKS),
+    which are mostly those that are slow to learn. Tokens per step by length (up to this length,
+    this many). The learning rates rise over ``warm_up`` steps; over the last share ``falling``
+    they fall linearly from ``late_rate`` to 0."""
 
-    steps: int = 8000
+    steps: int = 7500
     seed: int = 0
     tokens_per_step: tuple[tuple[int, int], ...] = ((512, 4096), (4096, 8192))
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
@@ -41,12 +41,11 @@ class Plan:
         (400, 128), (800, 256), (1300, 512), (2000, 1024), (2300, 2048),
     )  # fmt: skip
     late_from: int = 2300
-    late: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = (
-        (3300, (1024, 4096, 512, 2048, 1024, 4096, 512, 2048), (6, 1, 2, 0, 1, 3, 6, 1, 4)),
-        (8000, (1024, 2048, 512, 1024, 4096, 2048), (1, 6, 1, 2, 1, 0, 1, 3, 6, 1, 0, 4)),
-    )
+    late_lengths: tuple[int, ...] = (1024, 4096, 2048, 512, 4096, 2048)
+    late_tasks: tuple[int, ...] = (7, 6, 7, 2, 0, 7, 6, 3, 7, 0, 2, 6, 4)
     warm_up: int = 50
-    falling: float = 0.72
+    falling: float = 0.693
+    late_rate: float = 0.6
     matrix_rate: float = 0.02
     norm_rate: float = 0.01
     other_rate: float = 3e-3
@@ -54,19 +53,11 @@ class Plan:
 
     def length(self, step: int) -> int:
         """Length of the problems of a step."""
-        lengths, _ = self.late_stage(step)
-        if lengths:
-            return lengths[step % len(lengths)]
+        if step >= self.late_from:
+            return self.late_lengths[step % len(self.late_lengths)]
         longest = next((top for end, top in self.stages if step < end), max(self.lengths))
         now = [length for length in self.lengths if length <= longest]
         return now[step % len(now)]
-
-    def late_stage(self, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Lengths and tasks in turn, or nothing while the usual ones are learned."""
-        if step < self.late_from:
-            return (), ()
-        stages = (stage[1:] for stage in self.late if step < stage[0])
-        return next(stages, self.late[-1][1:])
 
     def num_rows(self, length: int) -> int:
         """Problems of a step, over all ranks."""
@@ -76,7 +67,7 @@ class Plan:
     def rate(self, step: int) -> float:
         """Factor on the learning rates."""
         left = (self.steps - step) / (self.falling * self.steps)
-        return min((step + 1) / self.warm_up, left, 1.0)
+        return min((step + 1) / self.warm_up, 1.0 if left > 1 else self.late_rate * left)
 
 
 class Training:
@@ -214,8 +205,8 @@ def train(plan: Plan, folder: Path, rank: int, num_ranks: int, checkpoint_second
         begun = time.monotonic()
         length = plan.length(training.step)
         rows = max(1, plan.num_rows(length) // num_ranks)
-        _, tasks = plan.late_stage(training.step)
-        batch = make_batch(plan.seed, training.step, rows, length, rank, num_ranks, late=tasks)
+        late = plan.late_tasks if training.step >= plan.late_from else ()
+        batch = make_batch(plan.seed, training.step, rows, length, rank, num_ranks, late=late)
         log.add(batch, *training.train_step(batch))
         training.seconds += time.monotonic() - begun
         if training.step % STEPS_PER_LINE == 0 and rank == 0:

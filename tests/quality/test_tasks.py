@@ -5,6 +5,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from quality.batches import GENERATORS, NOT_LEARNED, make_batch
 from quality.problems import DEPTHS, held_out_problems, public_dfs_problems
 from quality.tasks import machine, needle
@@ -106,8 +107,11 @@ def test_a_trace_is_what_the_machine_does() -> None:
         assert trace[: len(problem.answer.words)] == problem.answer.words
 
 
-def test_a_value_that_is_not_what_its_line_read_before_weighs_more() -> None:
-    for problem in problems("machine", 5):
+@pytest.mark.parametrize(("task", "weight"), [("machine", 1), ("changed", HARD_WEIGHT)])
+def test_values_that_are_not_what_their_line_read_before_can_weigh_more(
+    task: str, weight: float
+) -> None:
+    for problem in problems(task, 5):
         answer = problem.answer
         read: dict[tuple[str, int], str] = {}
         for idx, word in enumerate(answer.words):
@@ -115,8 +119,9 @@ def test_a_value_that_is_not_what_its_line_read_before_weighs_more() -> None:
             slot = (answer.words[idx - place], place)
             is_new = read.setdefault(slot, word) != word
             read[slot] = word
-            is_hard = place == 6 or (place in (2, 4) and is_new)
-            assert answer.weights[idx] == (HARD_WEIGHT if is_hard else 1)
+            usual = HARD_WEIGHT if place == machine.WORDS_PER_STEP - 1 else 1
+            is_changed = place in (2, 4) and is_new
+            assert answer.weights[idx] == (weight if is_changed else usual)
 
 
 def test_recall_answers_with_the_latest_value_of_each_key_asked() -> None:
@@ -184,6 +189,15 @@ def test_a_batch_learns_answers_only_and_is_the_same_for_the_same_step() -> None
     assert learned.any(1).all()
     question = IDS["?"]
     assert not (batch.labels == question).any()
+
+
+def test_rows_weigh_the_same_and_late_ones_more_the_more_is_learned_of_them() -> None:
+    same = make_batch(seed=1, step=2, num_rows=6, length=512)
+    torch.testing.assert_close(same.weights.sum(1), torch.ones(6))
+    late = make_batch(seed=1, step=2, num_rows=6, length=512, late=(0, 3))
+    share = (late.labels != NOT_LEARNED).float().mean(1)
+    torch.testing.assert_close(late.weights.sum(1), share.sqrt())
+    assert share.max() > 4 * share.min()
 
 
 def entry(steps: int, stack: list[int], visited: list[int]) -> dict[str, object]:

@@ -41,7 +41,7 @@ def test_two_ranks_learn_and_go_on_from_their_checkpoint(tmp_path: Path) -> None
         assert torch.equal(weights, checkpoint["model"][name].bfloat16())
 
 
-def test_learning_rates_rise_stay_and_fall_to_nothing() -> None:
+def test_learning_rates_rise_stay_and_fall_to_nothing_from_a_lower_one() -> None:
     plan = Plan()
     rates = [plan.rate(step) for step in range(plan.steps)]
     highest = rates.index(1.0)
@@ -51,6 +51,7 @@ def test_learning_rates_rise_stay_and_fall_to_nothing() -> None:
     assert rates[:highest] == sorted(rates[:highest])
     assert set(rates[highest:falls_from]) == {1.0}
     assert falls_from / plan.steps == pytest.approx(1 - plan.falling, abs=1e-3)
+    assert rates[falls_from] == pytest.approx(plan.late_rate, abs=1e-3)
     assert rates[falls_from:] == sorted(rates[falls_from:], reverse=True)
     assert 0 < rates[-1] < 1e-3
 
@@ -60,8 +61,8 @@ def test_every_problem_of_the_plan_is_as_long_as_its_stage_says() -> None:
     lengths = [plan.length(step) for step in range(plan.steps)]
     for (end, longest), (start, _) in zip(plan.stages[1:], plan.stages, strict=False):
         assert max(lengths[start:end]) == longest
-    assert max(lengths[plan.late_from :]) == max(plan.lengths)
     assert plan.stages[-1][0] == plan.late_from
-    assert plan.late[-1][0] == plan.steps
-    learned = {TASKS[task] for _, _, tasks in plan.late for task in tasks}
-    assert learned == set(TASKS) - {"copy"}
+    assert set(lengths[plan.late_from :]) == set(plan.late_lengths)
+    assert max(plan.late_lengths) == max(plan.lengths)
+    learned = {TASKS[task] for task in plan.late_tasks}
+    assert learned == {"changed", "dense", "dfs", "recall", "needle", "add"}

@@ -19,20 +19,25 @@ WORDS_PER_LINE = 8
 MAX_TRIES = 4000
 
 
-def generate(rng: Random, length: int) -> Problem:
-    """A problem of exactly ``length`` words."""
+def generate(rng: Random, length: int, changed_weight: float = 1.0) -> Problem:
+    """A problem of exactly ``length`` words.
+
+    A value that is not what its line read when it last ran has the weight ``changed_weight``.
+    """
     most_lines = max(4, min(26, length // 3 // WORDS_PER_LINE))
     most_registers = max(5, min(len(LETTERS), length // 20))
     for _ in range(MAX_TRIES):
         registers = rng.sample(LETTERS, rng.randint(most_registers // 2, most_registers))
         labels = rng.sample(SYMBOLS, rng.randint(3 * most_lines // 4, most_lines))
-        found = _run(rng, registers, labels, length)
+        found = _run(rng, registers, labels, length, changed_weight)
         if found is not None:
             return found
     raise ValueError(f"no program without a repeated state in {MAX_TRIES} tries at length {length}")
 
 
-def _run(rng: Random, registers: list[str], labels: list[str], length: int) -> Problem | None:
+def _run(
+    rng: Random, registers: list[str], labels: list[str], length: int, changed_weight: float
+) -> Problem | None:
     """A problem with a random program, or None where its run repeats a state."""
     values = {register: rng.randrange(10) for register in registers}
     program = {
@@ -62,8 +67,7 @@ def _run(rng: Random, registers: list[str], labels: list[str], length: int) -> P
         for slot, register in enumerate((first, second)):
             answer.memory(register)
             changed = before is not None and before[slot] != values[register]
-            append = answer.hard if changed else answer.memory
-            append(str(values[register]))
+            answer.memory(str(values[register]), weight=changed_weight if changed else 1.0)
         answer.memory(target)
         values[target] = (values[first] + values[second]) % 10
         answer.hard(str(values[target]))

@@ -25,14 +25,14 @@ class Answer:
         """Append words that the form of the answer gives."""
         self._append(words, graded=False)
 
-    def memory(self, *words: str) -> None:
+    def memory(self, *words: str, weight: float = 1.0) -> None:
         """Append words that depend on what was read or written before."""
-        self._append(words, graded=True)
+        self._append(words, graded=True, weight=weight)
 
     def hard(self, *words: str) -> None:
-        """Append words that depend on memory and are few or slow to learn: sums and carries, values
-        that are not what stood at this place before, the end of a trace."""
-        self._append(words, graded=True, weight=HARD_WEIGHT)
+        """Append words that depend on memory and are few or slow to learn: sums and carries, the
+        end of a trace."""
+        self.memory(*words, weight=HARD_WEIGHT)
 
     def end(self) -> None:
         """Append the end of the answer."""
