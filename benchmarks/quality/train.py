@@ -1,4 +1,4 @@
-"""Train the small reasoner from scratch, on two CPU cores in a good hour.
+"""Train the small reasoner from scratch, on two CPU cores in five quarters of an hour.
 
     PYTHONPATH=benchmarks python -m quality.train --folder RUN [--steps N] [--seed S] [--ranks 2]
 
