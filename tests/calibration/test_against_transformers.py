@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from dense_reference import in_float64
 from fresh_process import run_script
-from test_dense_reference import in_float64
 from tiny_model import write_tiny_model
 from tiny_models import CONFIGS, write_model
 from vllm_limits import CPU_SINKS_MAY_BE_FLOAT32

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from engine_runs import SMALL
 from full_disk import full_disk
 from observed_engine import Observer, start_engine
 from safetensors.torch import load_file, save_file
@@ -15,8 +16,6 @@ from vllm import SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from triattention_vllm.errors import TriAttentionError
-
-SMALL = {"budget": 128, "interval": 32, "window": 16}
 
 
 class Starts:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from dense_judge import Judge
 from dense_reference import DenseReference
-from engine_runs import ModelFolder, random_prompt
+from engine_runs import SMALL, ModelFolder, random_prompt
 from fresh_process import run_script
 from observed_engine import Observed
 from tiny_lora import write_adapter
@@ -17,7 +17,6 @@ from tiny_lora import write_adapter
 from triattention_vllm.config import Settings
 from triattention_vllm.method.statistics import Statistics
 
-SMALL = {"budget": 128, "interval": 32, "window": 16}
 TRIGGER = SMALL["budget"] + SMALL["interval"]
 BLOCK_SIZE = 32
 CHUNK = 64

@@ -4,23 +4,20 @@ import pytest
 import torch
 from dense_reference import DenseReference, Stored, exactly, fp8_e4m3, fp8_e5m2
 from dense_replay import replay
-from engine_runs import ModelFolder, RequestRun, random_prompt, run_engine
+from engine_runs import (
+    SMALL,
+    ModelFolder,
+    assert_pool_is_as_at_the_start,
+    largest_error,
+    random_prompt,
+    run_engine,
+    statistics_of,
+)
 
 from triattention_vllm.config import Settings
-from triattention_vllm.method.statistics import Statistics
 
-SMALL = {"budget": 128, "interval": 32, "window": 16}
 HAS_AVX512 = torch.cpu._is_avx512_supported()
 STORED: dict[str, Stored] = {"fp8": fp8_e4m3, "fp8_e5m2": fp8_e5m2}
-
-
-def largest_error(request: RequestRun, logprobs: torch.Tensor) -> float:
-    """Engine against reference, over every log-probability that the engine returned."""
-    return max(
-        abs(float(logprobs[request.num_prompt - 1 + i, token]) - value)
-        for i, position in enumerate(request.logprobs)
-        for token, value in position.items()
-    )
 
 
 @pytest.mark.skipif(not HAS_AVX512, reason="vLLM's CPU build stores fp8 with AVX-512 only")
@@ -44,17 +41,16 @@ def test_a_compressed_fp8_cache_is_scored_and_moved_as_stored(
     (request,) = run.requests
     errors = []
     for stored, tolerance in ((STORED[kv_dtype], 0.01), (exactly, float("inf"))):
-        assert run.statistics is not None
         result = replay(
             DenseReference(folder, stored=stored),
             request.token_ids[:-1],
             num_prompt=50,
             policy=Settings(**SMALL).policy(run.block_size),
-            statistics=Statistics.load(run.statistics.split("kept in ")[-1]),
+            statistics=statistics_of(run),
             kept_log=request.kept,
             tolerance=tolerance,
         )
         errors.append(largest_error(request, result.logprobs))
     assert len(request.kept) >= 5
     assert errors[0] < 0.2 * errors[1]
-    assert run.num_free == run.num_blocks - 1
+    assert_pool_is_as_at_the_start(run)

@@ -8,15 +8,23 @@ import pytest
 import torch
 from dense_reference import DenseReference
 from dense_replay import Replay, replay, steps_of
-from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
+from engine_runs import (
+    SMALL,
+    EngineRun,
+    ModelFolder,
+    RequestRun,
+    assert_pool_is_as_at_the_start,
+    largest_error,
+    random_prompt,
+    run_engine,
+    statistics_of,
+)
 from fresh_process import ProcessError
 from vllm_limits import CPU_SINKS_MAY_BE_FLOAT32
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.differences import TRANSFORMERS_LAYERS_ARE_IN_THE_TREE
-from triattention_vllm.method.statistics import Statistics
 
-SMALL = {"budget": 128, "interval": 32, "window": 16}
 PRESSED = {**SMALL, "when": "pressure", "pressure_start": 1, "pressure_stop": 0}
 """Rounds of all requests before any of them takes a block of the step."""
 LONG_PROMPT = 230
@@ -31,26 +39,17 @@ def replayed(
     settings: dict[str, Any],
     tolerance: float = 1e-4,
 ) -> Replay:
-    assert run.statistics is not None
     computed = request.token_ids[:-1]
     return replay(
         dense,
         computed,
         num_prompt=request.num_prompt,
         policy=Settings(**settings).policy(run.block_size),
-        statistics=Statistics.load(run.statistics.split("kept in ")[-1]),
+        statistics=statistics_of(run),
         steps=steps_of(request.starts, len(computed)),
         kept_log=request.kept,
         groups=run.groups,
         tolerance=tolerance,
-    )
-
-
-def largest_error(request: RequestRun, logprobs: torch.Tensor, end: int | None = None) -> float:
-    return max(
-        abs(float(logprobs[request.num_prompt - 1 + i, token]) - value)
-        for i, position in enumerate(request.logprobs[:end])
-        for token, value in position.items()
     )
 
 
@@ -185,8 +184,3 @@ def hybrid_run(folder: Path, text: str, settings: dict[str, Any]) -> EngineRun:
         max_num_batched_tokens=64,
         repeat=2,
     )
-
-
-def assert_pool_is_as_at_the_start(run: EngineRun) -> None:
-    assert run.num_free == run.num_blocks - 1
-    assert set(run.ref_counts) == {0}

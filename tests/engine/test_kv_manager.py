@@ -6,14 +6,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool_world import PoolWorld
+from pool_world import IN_WORLD, PoolWorld
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-
-from triattention_vllm.config import Settings
-
-SMALL = Settings(budget=48, interval=8, window=8, sink_tokens=2)
-"""Rounds come quickly: with blocks of 4 a request is compressed at 56 tokens."""
 
 Asked = dict[str, object] | None
 ASKED: list[Asked] = [
@@ -68,7 +63,7 @@ def test_rows_blocks_and_tokens_stay_right_under_any_traffic(
     when: str,
 ) -> None:
     """Every request by a budget of its own, or none, whether rounds wait for pressure or not."""
-    chosen = replace(SMALL, protect=protect, when=when)
+    chosen = replace(IN_WORLD, protect=protect, when=when)
     world = PoolWorld(chosen, 4, 64, prefix_caching=prefix_caching, depth=depth, max_batched=16)
     run_traffic(world, traffic)
     for request_id in list(world.live):
@@ -86,7 +81,9 @@ def test_rows_blocks_and_tokens_stay_right_under_any_traffic(
 def test_several_compressed_groups_over_one_memory_stay_right_under_any_traffic(
     traffic: list[tuple[str, int, int, Asked]], depth: int, when: str
 ) -> None:
-    world = PoolWorld(replace(SMALL, when=when), 4, 192, depth=depth, max_batched=16, num_groups=2)
+    world = PoolWorld(
+        replace(IN_WORLD, when=when), 4, 192, depth=depth, max_batched=16, num_groups=2
+    )
     run_traffic(world, traffic)
     for request_id in list(world.live):
         world.finish(request_id)
@@ -99,7 +96,7 @@ def test_several_compressed_groups_over_one_memory_stay_right_under_any_traffic(
 def test_a_block_that_one_group_frees_is_read_before_a_later_plan_of_another_writes_it() -> None:
     """Regression: plans ran group by group. A later request's first round took the block that an
     earlier request's round had freed in the second group, and wrote it before it was read."""
-    chosen = replace(SMALL, interval=16)
+    chosen = replace(IN_WORLD, interval=16)
     world = PoolWorld(chosen, 4, 300, max_batched=64, num_groups=2)
     world.add("earlier", prompt_of(0, 44))
     world.add("later", prompt_of(1, 12))
@@ -116,7 +113,7 @@ def test_a_block_that_one_group_frees_is_read_before_a_later_plan_of_another_wri
 
 
 def test_freed_blocks_are_evicted_tokens_over_block_size() -> None:
-    world = PoolWorld(SMALL, 4, 200)
+    world = PoolWorld(IN_WORLD, 4, 200)
     for i, length in enumerate((5, 30, 90)):
         world.add(f"r{i}", prompt_of(i, length))
     for _ in range(150):
@@ -134,7 +131,7 @@ def test_freed_blocks_are_evicted_tokens_over_block_size() -> None:
 
 
 def test_a_request_never_holds_more_blocks_than_its_spec_promises() -> None:
-    world = PoolWorld(SMALL, 4, 400, max_batched=32)
+    world = PoolWorld(IN_WORLD, 4, 400, max_batched=32)
     promised = world.manager.kv_cache_spec.max_blocks_per_request(world.manager.policy)
     world.add("long prompt", prompt_of(0, 900))
     world.add("short prompt", prompt_of(1, 3))
@@ -150,7 +147,7 @@ def test_a_request_never_holds_more_blocks_than_its_spec_promises() -> None:
 
 def test_hashed_and_shared_blocks_are_never_written() -> None:
     """Regression: prefix-cache corruption by rewriting blocks whose hash stays registered."""
-    world = PoolWorld(SMALL, 4, 300)
+    world = PoolWorld(IN_WORLD, 4, 300)
     for i in range(4):
         world.add(f"r{i}", prompt_of(0, 40))
     for _ in range(120):
@@ -177,7 +174,7 @@ def test_hashed_and_shared_blocks_are_never_written() -> None:
 
 
 def test_a_prefix_hit_after_compression_reads_the_original_tokens() -> None:
-    world = PoolWorld(SMALL, 4, 300)
+    world = PoolWorld(IN_WORLD, 4, 300)
     world.add("first", prompt_of(0, 24))
     for _ in range(100):
         world.step()
@@ -190,7 +187,7 @@ def test_a_prefix_hit_after_compression_reads_the_original_tokens() -> None:
 
 
 def test_no_hash_is_registered_for_blocks_behind_a_round() -> None:
-    world = PoolWorld(SMALL, 4, 300)
+    world = PoolWorld(IN_WORLD, 4, 300)
     world.add("r", prompt_of(0, 24))
     while not world.plans:
         world.step()
@@ -202,7 +199,7 @@ def test_no_hash_is_registered_for_blocks_behind_a_round() -> None:
 
 
 def test_protected_prompt_blocks_stay_shared_between_compressed_requests() -> None:
-    world = PoolWorld(SMALL, 4, 300)
+    world = PoolWorld(IN_WORLD, 4, 300)
     world.add("a", prompt_of(0, 21))
     world.step()
     world.add("b", prompt_of(0, 21))
@@ -218,7 +215,7 @@ def test_protected_prompt_blocks_stay_shared_between_compressed_requests() -> No
 
 def test_null_heads_are_no_common_prefix() -> None:
     """vLLM asks through 0.31, to read a prefix that all requests share only once."""
-    world = PoolWorld(SMALL, 4, 300)
+    world = PoolWorld(IN_WORLD, 4, 300)
     for request_id, seed in (("a", 0), ("b", 1)):
         world.add(request_id, prompt_of(seed, 21))
     for _ in range(120):
@@ -240,7 +237,7 @@ def test_every_block_comes_back_whether_or_not_vllm_leaves_out_the_null_head(
 
     if vllm_trims:
         monkeypatch.setattr(FullAttentionManager, "pop_blocks_for_free", trimmed)
-    world = PoolWorld(SMALL, 4, 300)
+    world = PoolWorld(IN_WORLD, 4, 300)
     num_free = world.pool.get_num_free_blocks()
     world.add("a", prompt_of(0, 21))
     for _ in range(120):
@@ -254,7 +251,7 @@ def test_every_block_comes_back_whether_or_not_vllm_leaves_out_the_null_head(
 
 def test_a_preempted_request_starts_from_zero_and_is_compressed_again() -> None:
     """Regression: a stale offset of a preempted request led to negative slots."""
-    world = PoolWorld(SMALL, 4, 26, prefix_caching=False)
+    world = PoolWorld(IN_WORLD, 4, 26, prefix_caching=False)
     world.add("a", prompt_of(0, 10))
     world.add("b", prompt_of(1, 10))
     for _ in range(160):
@@ -266,7 +263,7 @@ def test_a_preempted_request_starts_from_zero_and_is_compressed_again() -> None:
 
 def test_a_round_waits_when_the_pool_cannot_give_private_blocks() -> None:
     """Two requests share every candidate and few blocks are free: both go on, uncompressed."""
-    chosen = Settings(budget=48, interval=8, window=8, sink_tokens=2, protect="sinks")
+    chosen = replace(IN_WORLD, protect="sinks")
     world = PoolWorld(chosen, 4, 21)
     world.add("a", prompt_of(0, 53))
     world.step()
@@ -284,7 +281,7 @@ def test_a_round_waits_when_the_pool_cannot_give_private_blocks() -> None:
 
 
 def test_below_the_trigger_the_manager_does_nothing() -> None:
-    world = PoolWorld(SMALL, 4, 100)
+    world = PoolWorld(IN_WORLD, 4, 100)
     world.add("r", prompt_of(0, 20))
     for _ in range(36):
         world.step()
@@ -297,7 +294,7 @@ def test_below_the_trigger_the_manager_does_nothing() -> None:
 
 
 def test_the_plan_of_a_request_that_the_same_step_preempts_is_dropped() -> None:
-    world = PoolWorld(SMALL, 4, 200)
+    world = PoolWorld(IN_WORLD, 4, 200)
     world.add("r", prompt_of(0, 20))
     while world.live.get("r") is None or world.live["r"].request.num_computed_tokens < 56:
         world.step()
@@ -312,7 +309,7 @@ def test_the_plan_of_a_request_that_the_same_step_preempts_is_dropped() -> None:
 def test_a_prompt_does_not_wait_for_the_room_that_its_own_hit_takes() -> None:
     """Each prompt goes on where the last one ended and is computed in one step, so no round ever
     frees anything and the hit grows until it fills a pool that is smaller than the prompt."""
-    world = PoolWorld(SMALL, 4, 25, max_batched=8)
+    world = PoolWorld(IN_WORLD, 4, 25, max_batched=8)
     longest_hit = 0
     for length in range(9, 160, 4):
         world.add(f"turn {length}", prompt_of(0, length))
@@ -325,4 +322,4 @@ def test_a_prompt_does_not_wait_for_the_room_that_its_own_hit_takes() -> None:
         assert live is not None, f"the prompt of {length} tokens waits in an empty pool"
         longest_hit = max(longest_hit, live.num_hits)
         world.finish(f"turn {length}")
-    assert longest_hit >= SMALL.budget
+    assert longest_hit >= IN_WORLD.budget

@@ -13,13 +13,12 @@ import pytest
 import torch
 from engine_runs import ModelFolder, random_prompt, run_engine
 from full_disk import full_disk
-from pool_world import PoolWorld
+from pool_world import IN_WORLD, PoolWorld
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sample_names import sample_names
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from triattention_vllm.config import Settings
 from triattention_vllm.engine import periodic_log, round_time
 from triattention_vllm.engine.metrics_file import MetricsFile, owning_process
 from triattention_vllm.engine.metrics_folder import FolderCollector
@@ -198,8 +197,7 @@ class Steps:
     """A small pool whose steps are counted as the scheduler counts them."""
 
     def __init__(self, folder: Path, num_blocks: int = 100) -> None:
-        settings = Settings(budget=48, interval=8, window=8, sink_tokens=2)
-        self.world = PoolWorld(settings, 4, num_blocks)
+        self.world = PoolWorld(IN_WORLD, 4, num_blocks)
         self.log = PeriodicLog(3600)
         metrics = MetricsFile(folder, LABELLED, STEP_METRICS)
         self.counts = StepCounts([self.world.manager], metrics, self.log)

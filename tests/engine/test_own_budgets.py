@@ -8,26 +8,32 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from dense_judge import FLOAT32_ERROR
 from dense_reference import DenseReference
 from dense_replay import replay, steps_of
-from engine_runs import ModelFolder, random_prompt, run_engine
+from engine_runs import (
+    SMALL,
+    ModelFolder,
+    assert_pool_is_as_at_the_start,
+    largest_error,
+    random_prompt,
+    run_engine,
+    statistics_of,
+)
 from fresh_process import ProcessError
-from pool_world import PoolWorld
+from pool_world import IN_WORLD, PoolWorld
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.requests import refuse_request
-from triattention_vllm.method.statistics import Statistics
-
-SMALL = Settings(budget=48, interval=8, window=8, sink_tokens=2)
 
 
 def api_config() -> Any:
     """The parts of an API process' configuration that a request is held against, before its
     engine has said what it holds."""
     return SimpleNamespace(
-        instance_id="unknown", additional_config={"kv_compression": SMALL.to_mapping()}
+        instance_id="unknown", additional_config={"kv_compression": IN_WORLD.to_mapping()}
     )
 
 
@@ -72,7 +78,7 @@ def test_a_value_that_reached_the_scheduler_is_dropped_with_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    world = PoolWorld(SMALL, 4, 64)
+    world = PoolWorld(IN_WORLD, 4, 64)
     bad: list[dict[str, object]] = [
         {"kv_budget": "x", "kv_transfer_params": 1},
         {"kv_budget": 10**6},
@@ -94,7 +100,7 @@ def test_a_value_that_reached_the_scheduler_is_dropped_with_a_warning(
 def test_a_request_is_admitted_by_the_bound_of_its_own_budget() -> None:
     """A prompt of 160 tokens, 40 blocks: by the server's budget of 48 it needs 48 + 8 tokens and
     a chunk, by its own one more, and without compression all of it."""
-    world = PoolWorld(SMALL, 4, 101, max_batched=16)
+    world = PoolWorld(IN_WORLD, 4, 101, max_batched=16)
     asked = [None, {"kv_budget": 80}, {"kv_budget": 30}, {"kv_compression": "off"}]
     for i, extra_args in enumerate(asked):
         world.add(f"r{i}", list(range(160)), 10, extra_args)
@@ -111,21 +117,20 @@ def test_requests_of_one_batch_each_have_their_own_budget(
     """Twice, so that the second time begins with prefix-cache hits; held against the float64
     reference that sees the same tokens, request by request."""
     folder = model_folder("qwen3")
-    settings = Settings(budget=128, interval=32, window=16)
+    settings = Settings(**SMALL)
     budgets = [None, 256, 112, 0]
     asked = [None, {"kv_budget": 256}, {"kv_budget": 112}, {"kv_compression": "off"}]
     run = run_engine(
         folder,
         [random_prompt(length, length) for length in (40, 90, 33, 70)],
         [250, 300, 200, 330],
-        {"budget": 128, "interval": 32, "window": 16, "calibration_text": text},
+        {**SMALL, "calibration_text": text},
         extra_args=asked,
         repeat=2,
         max_model_len=1024,
         max_num_batched_tokens=64,
     )
-    assert run.statistics is not None
-    statistics = Statistics.load(run.statistics.split("kept in ")[-1])
+    statistics = statistics_of(run)
     for request, budget in zip(run.requests, budgets, strict=True):
         own = replace(settings, budget=budget) if budget else settings
         computed = request.token_ids[:-1]
@@ -142,12 +147,8 @@ def test_requests_of_one_batch_each_have_their_own_budget(
             kept_log=request.kept,
         )
         assert bool(request.kept) == (budget != 0)
-        for i, position in enumerate(request.logprobs):
-            row = result.logprobs[request.num_prompt - 1 + i]
-            for token, logprob in position.items():
-                assert logprob == pytest.approx(float(row[token]), abs=1e-4)
-    assert run.num_free == run.num_blocks - 1
-    assert set(run.ref_counts) == {0}
+        assert largest_error(request, result.logprobs) < FLOAT32_ERROR
+    assert_pool_is_as_at_the_start(run)
 
 
 def test_off_is_refused_where_the_groups_of_a_hybrid_model_cannot_hold_it(
@@ -163,7 +164,7 @@ def test_off_is_refused_where_the_groups_of_a_hybrid_model_cannot_hold_it(
             model_folder("gemma3"),
             [random_prompt(100, 1)],
             400,
-            {"budget": 128, "interval": 32, "window": 16, "calibration_text": text},
+            {**SMALL, "calibration_text": text},
             extra_args=[{"kv_compression": "off"}],
             max_model_len=1024,
             max_num_batched_tokens=64,

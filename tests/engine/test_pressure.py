@@ -8,19 +8,27 @@ from typing import Any
 
 import pytest
 import torch
+from dense_judge import FLOAT32_ERROR
 from dense_reference import DenseReference
 from dense_replay import Step, replay
-from engine_runs import EngineRun, ModelFolder, random_prompt, run_engine
-from pool_world import PoolWorld
+from engine_runs import (
+    SMALL,
+    EngineRun,
+    ModelFolder,
+    assert_pool_is_as_at_the_start,
+    largest_error,
+    random_prompt,
+    run_engine,
+    statistics_of,
+)
+from pool_world import IN_WORLD, PoolWorld
 
 from triattention_vllm.config import Settings
-from triattention_vllm.method.statistics import Statistics
 
-SMALL = {"budget": 128, "interval": 32, "window": 16}
 POOL = {"max_model_len": 512, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 40}
 """39 blocks of 32 tokens; six requests of 280 tokens need 54, compressed ones at most 36."""
 PROMPTS = [random_prompt(30, seed) for seed in range(6)]
-IN_WORLD = Settings(budget=48, interval=8, window=8, sink_tokens=2, when="pressure")
+UNDER_PRESSURE = replace(IN_WORLD, when="pressure")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +68,7 @@ def test_a_full_server_compresses_before_it_preempts(
         assert run.num_preemptions == 0
         assert [len(request.token_ids) for request in run.requests] == [280] * 6
         assert any(request.kept for request in run.requests)
-        assert run.num_free == run.num_blocks - 1
-        assert set(run.ref_counts) == {0}
+        assert_pool_is_as_at_the_start(run)
 
 
 def test_while_memory_is_ample_nothing_differs_from_vllm_without_the_plugin(
@@ -108,23 +115,21 @@ def test_a_request_longer_than_the_pool_grows_to_the_threshold_between_large_rou
     starts = {start for start, _ in moments}
     computed = request.token_ids[:-1]
     edges = [*request.starts, len(computed)]
-    assert run.statistics is not None
     result = replay(
         reference(folder),
         computed,
         num_prompt=request.num_prompt,
         policy=Settings(**SMALL).policy(run.block_size),
-        statistics=Statistics.load(run.statistics.split("kept in ")[-1]),
+        statistics=statistics_of(run),
         steps=[Step(start, end, start if start in starts else 0) for start, end in pairwise(edges)],
         kept_log=request.kept,
     )
-    for i, position in enumerate(request.logprobs):
-        row = result.logprobs[request.num_prompt - 1 + i]
-        for token, logprob in position.items():
-            assert logprob == pytest.approx(float(row[token]), abs=1e-4)
+    assert largest_error(request, result.logprobs) < FLOAT32_ERROR
 
 
-def world_of(lengths: Sequence[int], num_blocks: int, settings: Settings = IN_WORLD) -> PoolWorld:
+def world_of(
+    lengths: Sequence[int], num_blocks: int, settings: Settings = UNDER_PRESSURE
+) -> PoolWorld:
     """Requests of these prompt lengths, which share no prefix."""
     world = PoolWorld(settings, 4, num_blocks, max_batched=16)
     for i, length in enumerate(lengths):
@@ -152,8 +157,8 @@ def test_under_lasting_pressure_rounds_run_as_they_always_do() -> None:
     """With thresholds that any need exceeds, the rounds are those of when="always"."""
     boundaries = []
     for chosen in (
-        replace(IN_WORLD, when="always"),
-        replace(IN_WORLD, pressure_start=1, pressure_stop=0),
+        IN_WORLD,
+        replace(UNDER_PRESSURE, pressure_start=1, pressure_stop=0),
     ):
         world = world_of((20, 90, 140), 201, chosen)
         for _ in range(120):

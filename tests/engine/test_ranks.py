@@ -10,7 +10,7 @@ import torch
 from dense_judge import FLOAT32_ERROR, Judge
 from dense_reference import DenseReference
 from dense_replay import replay
-from engine_runs import ModelFolder, random_prompt
+from engine_runs import SMALL, ModelFolder, random_prompt
 from fresh_process import run_script
 from observed_scores import ObservedScores
 from tiny_model import write_tiny_model
@@ -19,7 +19,6 @@ from triattention_vllm.config import Settings
 from triattention_vllm.method.scorers import OBSERVING_SCORERS
 from triattention_vllm.method.statistics import Statistics
 
-SMALL = {"budget": 128, "interval": 32, "window": 16}
 BLOCK_SIZE = 32
 TWO_CORES = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="two ranks need a core each"

@@ -2,17 +2,16 @@
 
 import pickle
 
-from pool_world import PoolWorld
+from pool_world import IN_WORLD, PoolWorld
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_manager import RoundPlan
 from triattention_vllm.engine.scheduler import RoundsSchedulerOutput, with_rounds
 
 
 def world_with_a_plan() -> tuple[PoolWorld, RoundPlan]:
     """A request whose round is decided and not yet sent."""
-    world = PoolWorld(Settings(budget=48, interval=8, window=8, sink_tokens=2), 4, 100)
+    world = PoolWorld(IN_WORLD, 4, 100)
     world.add("r", list(range(50)))
     while world.live.get("r") is None or world.live["r"].request.num_computed_tokens < 56:
         world.step()
@@ -22,7 +21,7 @@ def world_with_a_plan() -> tuple[PoolWorld, RoundPlan]:
 
 
 def test_a_step_without_rounds_keeps_vllms_output() -> None:
-    world = PoolWorld(Settings(budget=48, interval=8, window=8, sink_tokens=2), 4, 100)
+    world = PoolWorld(IN_WORLD, 4, 100)
     output = SchedulerOutput.make_empty()
     assert with_rounds(output, [world.manager]) is output
 

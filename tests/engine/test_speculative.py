@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_judge import FLOAT32_ERROR
 from dense_reference import DenseReference, DenseRun
 from dense_replay import replay, steps_of
 from draft_models import (
@@ -17,19 +18,26 @@ from draft_models import (
     write_near_copy,
     write_other_heads,
 )
-from engine_runs import EngineRun, ModelFolder, RequestRun, random_prompt, run_engine
+from engine_runs import (
+    SMALL,
+    EngineRun,
+    ModelFolder,
+    RequestRun,
+    assert_pool_is_as_at_the_start,
+    largest_error,
+    random_prompt,
+    run_engine,
+    statistics_of,
+)
 from tiny_model import write_tiny_model
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS
 from triattention_vllm.method.policy import Round
-from triattention_vllm.method.statistics import Statistics
 
 pytestmark = pytest.mark.skipif(
     not CPU_BUILD_VERIFIES_DRAFTS, reason="vLLM 0.30 on the CPU fails at its first draft by itself"
 )
-SMALL = {"budget": 128, "interval": 32, "window": 16}
-FLOAT32_ERROR = 1e-4
 NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 NUM_DRAFTS = 3
 LENGTHS = {50: 200, 20: 190, 90: 150}
@@ -53,8 +61,7 @@ def speculate(folder: Path, text: str, config: dict[str, Any], **engine: Any) ->
 
 def assert_equals_the_dense_reference(run: EngineRun, dense: DenseReference) -> None:
     """Rounds at the policy's boundaries over committed tokens, best choices, right answers."""
-    assert run.statistics is not None
-    statistics = Statistics.load(run.statistics.split("kept in ")[-1])
+    statistics = statistics_of(run)
     for request in run.requests:
         computed = request.token_ids[:-1]
         result = replay(
@@ -67,12 +74,8 @@ def assert_equals_the_dense_reference(run: EngineRun, dense: DenseReference) -> 
             kept_log=request.kept,
         )
         assert len(result.rounds) >= 2
-        for i, position in enumerate(request.logprobs):
-            for token, value in position.items():
-                expected = float(result.logprobs[request.num_prompt - 1 + i, token])
-                assert abs(value - expected) < FLOAT32_ERROR
-    assert run.num_free == run.num_blocks - 1
-    assert set(run.ref_counts) == {0}
+        assert largest_error(request, result.logprobs) < FLOAT32_ERROR
+    assert_pool_is_as_at_the_start(run)
 
 
 def accepted_and_rejected(run: EngineRun) -> tuple[int, int]:
@@ -170,8 +173,7 @@ def test_a_draft_with_heads_of_its_own_survives_preemption(
     assert min(accepted_and_rejected(run)) > 0
     assert [len(r.token_ids) for r in run.requests] == [n + m for n, m in LENGTHS.items()]
     assert all(request.kept for request in run.requests)
-    assert run.num_free == run.num_blocks - 1
-    assert set(run.ref_counts) == {0}
+    assert_pool_is_as_at_the_start(run)
 
 
 @pytest.mark.feature("Speculative decoding", "works")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from full_disk import full_disk
-from pool_world import PoolWorld
+from pool_world import IN_WORLD, PoolWorld
 from triattention_kernels import RoundBatch, fill_holes
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -24,7 +24,6 @@ from triattention_vllm.tools.recording import (
     requests_of,
 )
 
-SETTINGS = Settings(budget=48, interval=8, window=8, sink_tokens=2)
 BLOCK_SIZE = 4
 NUM_HEADS = 2
 
@@ -33,8 +32,8 @@ class Recorder:
     """A small pool whose steps are recorded; survivors are drawn by lot, per layer and head."""
 
     def __init__(self, path: Path) -> None:
-        self.world = PoolWorld(SETTINGS, BLOCK_SIZE, 200)
-        self.steps = StepTrace(Lines(path, 0), SETTINGS, [self.world.manager])
+        self.world = PoolWorld(IN_WORLD, BLOCK_SIZE, 200)
+        self.steps = StepTrace(Lines(path, 0), IN_WORLD, [self.world.manager])
         self.survivors = SurvivorTrace(Lines(path, 0), BLOCK_SIZE)
         self.generator = torch.Generator().manual_seed(1)
         self.kept: list[torch.Tensor] = []

@@ -13,7 +13,7 @@ import torch
 from dense_hybrids import HYBRIDS
 from dense_models import FAMILIES, DenseModel, Json
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 Stored = Callable[[Tensor], Tensor]
 """What a cache of few bits keeps of keys after RoPE, or of values."""
@@ -181,3 +181,17 @@ class DenseReference:
         """Next-token log-probabilities float64 [n, vocab] of a whole sequence at once; ``seen``
         bool [L, H_kv, n, n] says which token each query sees, everything earlier where None."""
         return self.start().extend(torch.as_tensor(tokens), seen)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """Transformers' model in float64, its RMS norms (which fall back to float32) torch's own."""
+    model = model.double().eval()
+    for name, module in list(model.named_modules()):
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            plus_one = kind in ("Gemma3RMSNorm", "Qwen3NextRMSNorm")
+            epsilon = module.eps if plus_one else module.variance_epsilon
+            norm = nn.RMSNorm(module.weight.shape, eps=epsilon).double()
+            norm.weight = nn.Parameter(1 + module.weight) if plus_one else module.weight
+            model.set_submodule(name, norm)
+    return model

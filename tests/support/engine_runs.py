@@ -8,8 +8,13 @@ from typing import Any
 
 import torch
 from fresh_process import run_fresh
+from observed_engine import statistics_file
+
+from triattention_vllm.method.statistics import Statistics
 
 NUM_LOGPROBS = 20
+SMALL: dict[str, Any] = {"budget": 128, "interval": 32, "window": 16}
+"""Settings with which rounds begin at 160 tokens."""
 ModelFolder = Callable[[str], Path]
 
 
@@ -32,6 +37,7 @@ class RequestRun:
 class EngineRun:
     """requests: in the order given. num_blocks, num_free: of the pool, after the last request.
 
+    statistics: their file, None where the method has none.
     steps: per engine step, request id -> (logical tokens computed, null blocks, real blocks), in
     the first compressed KV-cache group.
     block_size: of the compressed groups, or of the first one; group_block_sizes: of all.
@@ -105,6 +111,28 @@ def run_engine(
     return run
 
 
+def statistics_of(run: EngineRun) -> Statistics:
+    """Those that the engine made, or found in the cache folder."""
+    assert run.statistics is not None, "the method has no statistics"
+    return Statistics.load(run.statistics)
+
+
+def largest_error(request: RequestRun, logprobs: torch.Tensor, end: int | None = None) -> float:
+    """Engine against reference, float64 [n, vocab]: over every log-probability that the engine
+    returned, or those of the first ``end`` output tokens."""
+    return max(
+        abs(float(logprobs[request.num_prompt - 1 + i, token]) - value)
+        for i, position in enumerate(request.logprobs[:end])
+        for token, value in position.items()
+    )
+
+
+def assert_pool_is_as_at_the_start(run: EngineRun) -> None:
+    """Every block is free, and nothing refers to any; block 0 is vLLM's null block."""
+    assert run.num_free == run.num_blocks - 1
+    assert set(run.ref_counts) == {0}
+
+
 def random_prompt(length: int, seed: int) -> list[int]:
     """Token ids below 256, which every tiny model has."""
     generator = torch.Generator().manual_seed(seed)
@@ -135,8 +163,7 @@ def _generate(job: Job) -> EngineRun:
         sizes = [job.kernel_block_size]
         CPUAttentionBackend.get_supported_kernel_block_sizes = staticmethod(lambda spec=None: sizes)
     llm = LLM(job.model, **arguments)
-    core = llm.llm_engine.engine_core.engine_core
-    recorder = _Recorder(core)
+    recorder = _Recorder(llm)
     params = [
         SamplingParams(
             max_tokens=n,
@@ -174,7 +201,8 @@ def keep_async_scheduling() -> None:
 class _Recorder:
     """Looks at the engine from inside its process: rounds, rows and the pool."""
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, llm: Any) -> None:
+        core = llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
         self.worker = core.model_executor.driver_worker.worker
         self.statistics = None
@@ -185,8 +213,7 @@ class _Recorder:
             for group_id, rounds in self.worker.rounds.items():
                 self._observe(group_id, rounds)
             self.managers = [self.managers[group_id] for group_id in self.worker.rounds]
-            source = self.worker.statistics_source
-            self.statistics = None if source is None else source.description
+            self.statistics = statistics_file(llm)
         self._watch_steps()
         self.forget()
 

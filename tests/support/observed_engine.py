@@ -213,14 +213,14 @@ def _take_rounds(wrapper: Any) -> dict[str, list[torch.Tensor]]:
 
 def statistics_file(llm: Any) -> str | None:
     """Where a compressing engine keeps the statistics of its model, if its method has any."""
-    described = llm.collective_rpc(_statistics)[0]
-    return None if described is None else str(described.split("kept in ")[-1])
+    file: str | None = llm.collective_rpc(_statistics)[0]
+    return file
 
 
 def _statistics(wrapper: Any) -> str | None:
     """Runs in the worker."""
     source = wrapper.worker.statistics_source
-    return None if source is None else str(source.description)
+    return None if source is None else str(source.description.split("kept in ")[-1])
 
 
 def start_engine(model: str, settings: Mapping[str, Any] | None, **engine: Any) -> Any:

@@ -30,6 +30,8 @@ from triattention_vllm.engine.rounds import runs
 from triattention_vllm.engine.spec import CompressedAttentionSpec
 from triattention_vllm.request import Capacity
 
+IN_WORLD = Settings(budget=48, interval=8, window=8, sink_tokens=2)
+"""Rounds come quickly: with blocks of 4 a request is compressed at 56 tokens."""
 Token = tuple[int, int, int]
 """(group, position, hash of the tokens up to it): equal for equal prefixes of requests."""
 

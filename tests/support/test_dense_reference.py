@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from dense_reference import DenseReference
+from dense_reference import DenseReference, in_float64
 from dense_replay import engine_steps, replay
 from tiny_model import write_tiny_model
 from tiny_models import write_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from triattention_vllm.method.policy import Policy
 
@@ -29,20 +29,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def random_tokens(num_tokens: int = NUM_TOKENS, seed: int = 1) -> Tensor:
     return torch.randint(0, 256, (num_tokens,), generator=torch.Generator().manual_seed(seed))
-
-
-def in_float64(model: nn.Module) -> nn.Module:
-    """Transformers' model in float64, its RMS norms (which fall back to float32) torch's own."""
-    model = model.double().eval()
-    for name, module in list(model.named_modules()):
-        kind = type(module).__name__
-        if kind.endswith("RMSNorm"):
-            plus_one = kind in ("Gemma3RMSNorm", "Qwen3NextRMSNorm")
-            epsilon = module.eps if plus_one else module.variance_epsilon
-            norm = nn.RMSNorm(module.weight.shape, eps=epsilon).double()
-            norm.weight = nn.Parameter(1 + module.weight) if plus_one else module.weight
-            model.set_submodule(name, norm)
-    return model
 
 
 def transformers_logprobs(folder: Path, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
