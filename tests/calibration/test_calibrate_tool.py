@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_script
 from tiny_model import write_tiny_model
 
 from triattention_vllm.method.statistics import Statistics
@@ -110,21 +111,43 @@ def test_a_published_file_is_imported(tmp_path: Path, capsys: pytest.CaptureFixt
     assert torch.equal(imported.magnitude[1, 3], original["q_abs_mean"])
 
 
-def test_a_published_file_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "imported.safetensors"
-    arguments = ["--import", published_file(tmp_path, num_layers=3), "--model", model]
-    process = calibrate(*arguments, "--output", output, "--engine-args", json.dumps(ENGINE))
-    assert process.returncode == 1
-    assert "belong to another model" in process.stderr
-    assert not output.exists()
+@pytest.fixture(scope="module")
+def refused(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, tuple[int, str, str]]]:
+    """A folder, and what became of command lines that were to write into it, in one process."""
+    folder = tmp_path_factory.mktemp("refused")
+    published, engine = published_file(folder, num_layers=3), json.dumps(ENGINE)
+    commands = {
+        "gone": ["--model", folder / "gone", "--output", folder / "gone.safetensors"],
+        "of another model": [
+            *("--import", published, "--model", model),
+            *("--output", folder / "imported.safetensors", "--engine-args", engine),
+        ],
+    }
+    job = {"commands": {name: [*map(str, words)] for name, words in commands.items()}}
+    return folder, run_script(Path(__file__).with_name("refused_calibrations.py"), job)
 
 
-def test_a_model_that_vllm_cannot_start_is_one_sentence(tmp_path: Path) -> None:
-    process = calibrate("--model", tmp_path / "gone", "--output", tmp_path / "new.safetensors")
-    assert process.returncode == 1
-    last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"triattention calibrate: vLLM cannot start {tmp_path / 'gone'}")
-    assert "Traceback" not in process.stderr
+def test_a_published_file_of_another_model_is_refused(
+    refused: tuple[Path, dict[str, tuple[int, str, str]]],
+) -> None:
+    folder, ended = refused
+    status, _, error = ended["of another model"]
+    assert status == 1
+    assert "belong to another model" in error
+    assert not (folder / "imported.safetensors").exists()
+
+
+def test_a_model_that_vllm_cannot_start_is_one_sentence(
+    refused: tuple[Path, dict[str, tuple[int, str, str]]],
+) -> None:
+    folder, ended = refused
+    status, output, error = ended["gone"]
+    assert status == 1
+    last = error.strip().splitlines()[-1]
+    assert last.startswith(f"triattention calibrate: vLLM cannot start {folder / 'gone'}")
+    assert "Traceback" not in output + error
 
 
 @pytest.mark.parametrize(

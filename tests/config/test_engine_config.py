@@ -121,7 +121,12 @@ def test_asynchronous_arguments_are_covered_too(model: str) -> None:
     [
         ({"method": "triattention", "budget": 4097}, {}, "budget 4097 is above max_model_len 4096"),
         ({"method": "triattention", "budget": 256}, {}, "budget 256 leaves no candidate .* 128"),
-        ({"method": "triattention", "statistics": "absent"}, {}, "absent, which is not a file"),
+        # Regression: it was discovered at the first round and killed the server.
+        (
+            {"method": "triattention", "statistics": "/nowhere/statistics.safetensors"},
+            {},
+            "/nowhere/statistics.safetensors, which is not a file",
+        ),
         ({"method": "triattention", "bugdet": 1}, {}, "Unknown setting bugdet"),
         ({"budget": 1024}, {}, r"has settings \(budget\) but is not turned on"),
         ("triattention", {}, r"additional_config\[\"kv_compression\"\] is 'triattention', allowed"),

@@ -17,6 +17,7 @@ from triattention_vllm.tools import doctor, try_operations
 from triattention_vllm.tools.doctor import check_engine, check_operations, check_vllm
 from triattention_vllm.tools.main import main
 
+OPERATIONS = "triattention_vllm.tools.try_operations"
 HEALTHY = {"step": "done", "vllm": "0.32.0", "platform": "cpu"}
 HEALTHY |= {"is_verified": True, "is_installed": True}
 
@@ -24,6 +25,22 @@ HEALTHY |= {"is_verified": True, "is_installed": True}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("doctor") / "model", num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def operations() -> dict[str, Any]:
+    """What one run of the operations reports."""
+    return run_child(OPERATIONS)
+
+
+@pytest.fixture
+def operations_tried(operations: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor is handed that report instead of a run of its own: other checks are looked at."""
+
+    def child(module: str, *given: Any) -> dict[str, Any]:
+        return operations if module == OPERATIONS else run_child(module, *given)
+
+    monkeypatch.setattr(doctor, "run_child", child)
 
 
 def examine(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
@@ -53,6 +70,7 @@ def test_a_healthy_environment_and_model_pass(
     assert "CompressionCPUWorker" in checks["model and flags"]["found"]
 
 
+@pytest.mark.usefixtures("operations_tried")
 def test_flags_that_are_refused_are_reported_with_the_reason(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +81,7 @@ def test_flags_that_are_refused_are_reported_with_the_reason(
     assert "budget 100 is below window 25" in checks["model and flags"]["found"]
 
 
+@pytest.mark.usefixtures("operations_tried")
 def test_a_plugin_that_vllm_leaves_out_is_found(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,10 +128,9 @@ def test_operations_that_fail_or_differ_are_wrong() -> None:
     assert check_operations(different).status == "wrong"
 
 
-def test_the_operations_are_tried_in_a_process_of_their_own() -> None:
-    report = run_child("triattention_vllm.tools.try_operations")
-    assert (report["step"], report["is_right"]) == ("done", True)
-    assert report["score_error"] < 1e-4
+def test_the_operations_are_tried_in_a_process_of_their_own(operations: dict[str, Any]) -> None:
+    assert (operations["step"], operations["is_right"]) == ("done", True)
+    assert operations["score_error"] < 1e-4
 
 
 def test_the_operations_tried_are_those_of_a_default_round(
