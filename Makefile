@@ -10,7 +10,7 @@ export DO_NOT_TRACK := 1
 export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm
 export TRIATTENTION_CACHE := $(CURDIR)/.cache/triattention
 
-.PHONY: install test test-oldest test-matrix test-gpu seams-033 lint format demo bench clean
+.PHONY: install test test-beside test-oldest test-matrix test-gpu seams-033 lint format demo bench clean
 
 install: $(STAMP)
 
@@ -30,14 +30,19 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The core on the oldest release runs beside the suite, which keeps one core busy most of the time.
-OLDEST_LOG := .cache/test-oldest.log
+# Tests with engines keep one core busy most of the time; beside them: what needs none, and the core
+# on the oldest release.
+BESIDE := tests/kernels tests/method tests/support
+BESIDE_LOG := .cache/test-beside.log
 
 test: install
 	@mkdir -p .cache
-	@$(MAKE) test-oldest > $(OLDEST_LOG) 2>&1 & oldest=$$!; trap "kill $$oldest" INT TERM; \
-	$(MAKE) lint && $(BIN)/python -m pytest; suite=$$?; \
-	wait $$oldest; core=$$?; cat $(OLDEST_LOG); exit $$((suite | core))
+	@$(MAKE) test-beside > $(BESIDE_LOG) 2>&1 & beside=$$!; trap "kill $$beside" INT TERM; \
+	$(BIN)/python -m pytest $(BESIDE:%=--ignore=%); suite=$$?; \
+	wait $$beside; others=$$?; cat $(BESIDE_LOG); exit $$((suite | others))
+
+test-beside: lint test-oldest
+	$(BIN)/python -m pytest $(BESIDE)
 
 # Other releases of vLLM, each in an environment of its own: make test-matrix VERSIONS="0.28.0"
 OLDEST := 0.28.0
