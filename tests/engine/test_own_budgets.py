@@ -70,7 +70,7 @@ def test_images_on_a_model_whose_positions_are_not_its_tokens_are_refused() -> N
     config.model_config.uses_mrope = False
     ask(None)
     config.model_config.uses_mrope = True
-    config.additional_config = {"kv_compression": replace(SMALL, method="knorm").to_mapping()}
+    config.additional_config = {"kv_compression": replace(IN_WORLD, method="knorm").to_mapping()}
     ask(None)
 
 
