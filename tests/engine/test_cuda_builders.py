@@ -1,14 +1,11 @@
 """vLLM's GPU metadata builders, with ours in front, look past the null head."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_runs import ModelFolder
+from fresh_script import ON_TRITONS_INTERPRETER, answer_of
 
 from triattention_vllm.engine.differences import LINE
 
@@ -24,22 +21,9 @@ def built(model_folder: ModelFolder) -> dict[str, dict[str, Any]]:
     """What vLLM's own builders made, by backend; from a process with interpreted Triton."""
     script = Path(__file__).with_name("cuda_builders_script.py")
     names = [*BACKENDS, *(["FLASHINFER"] if PLANS_WITHOUT_KERNEL else [])]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), str(model_folder("qwen3")), *names],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    results: dict[str, dict[str, Any]] = answer_of(
+        script, str(model_folder("qwen3")), *names, environment=ON_TRITONS_INTERPRETER
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return results
 
 
@@ -88,18 +72,8 @@ def test_flash_attention_3_is_scheduled_by_the_shortened_lengths(
 def imported(model_folder: ModelFolder) -> dict[str, bool]:
     """Whether a name was in a new process after its step; see the script."""
     script = Path(__file__).with_name("gpu_imports_script.py")
-    folders = [*(path for path in sys.path if path), str(Path(__file__).parents[2] / "benchmarks")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run(
-        [sys.executable, str(script), str(model_folder("qwen3"))],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, bool] = json.loads(done.stdout.splitlines()[-1])
+    benchmarks = {"PYTHONPATH": str(Path(__file__).parents[2] / "benchmarks")}
+    results: dict[str, bool] = answer_of(script, str(model_folder("qwen3")), environment=benchmarks)
     return results
 
 

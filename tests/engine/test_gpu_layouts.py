@@ -1,13 +1,10 @@
 """Caches that vLLM's own GPU writers filled, read through the views that rounds work on."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fresh_script import ON_TRITONS_INTERPRETER, answer_of
 
 from triattention_vllm.engine.differences import BLOCKS_ARE_SPLIT_IN_GROUPS
 
@@ -23,17 +20,7 @@ def found() -> dict[str, dict[str, Any]]:
     ``refusals``: what is said of layouts that are not read.
     """
     script = Path(__file__).with_name("gpu_layouts_script.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    answer: dict[str, dict[str, Any]] = answer_of(script, environment=ON_TRITONS_INTERPRETER)
     return answer
 
 

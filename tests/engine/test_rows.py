@@ -1,9 +1,5 @@
 """A round's new row reaches the runner through the runner's own mechanism."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fresh_script import ON_TRITONS_INTERPRETER, answer_of
 from table_arguments import kernel_block_sizes
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -109,22 +106,7 @@ def test_runner_v1_records_that_event_behind_its_own_uploads() -> None:
 @pytest.mark.feature("Model runner V2", "not yet run on a GPU")
 def test_runner_v2_applies_the_row_with_the_steps_own_appends() -> None:
     script = Path(__file__).with_name("rows_v2_script.py")
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    one_group, two_groups = json.loads(done.stdout.splitlines()[-1])
+    one_group, two_groups = answer_of(script, environment=ON_TRITONS_INTERPRETER)
     for result in (one_group, two_groups):
         assert result["rows"] == [
             [91, 92, 93, 94, 95, 96],
