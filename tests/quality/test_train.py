@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from quality.batches import TASKS
-from quality.train import Plan
+from quality.train import Batches, Plan, Training
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -39,6 +39,22 @@ def test_two_ranks_learn_and_go_on_from_their_checkpoint(tmp_path: Path) -> None
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     for name, weights in loaded.state_dict().items():
         assert torch.equal(weights, checkpoint["model"][name].bfloat16())
+
+
+def test_batches_made_ahead_by_other_processes_are_the_same() -> None:
+    batches = Batches(Plan(steps=12), 1, 2)
+    here, ahead = list(batches.after(7, 0)), list(batches.after(7, 2))
+    assert len(here) == len(ahead) == 5
+    for one, other in zip(here, ahead, strict=True):
+        assert all(torch.equal(vars(one)[name], vars(other)[name]) for name in vars(one))
+
+
+def test_a_step_runs_wholly_on_the_device_that_is_named() -> None:
+    """The meta device stands for a GPU: operations between it and the CPU raise."""
+    training = Training(Plan(), 1, torch.device("meta"))
+    for step in (0, Plan.late_from + 1):
+        loss, right = training.train_step(Batches(training.plan, 0, 1)[step])
+        assert loss.device.type == right.device.type == "meta"
 
 
 def test_learning_rates_rise_stay_and_fall_to_nothing_from_a_lower_one() -> None:

@@ -287,9 +287,10 @@ def test_an_engine_is_held_against_the_float64_reference(
         compressed["long"][0].logprobs[-1][7] = -99.0
         wrong = {check.name for check in judge(folder, full, compressed) if not check.passed}
         assert wrong == {"below the trigger", "rounds", "waiting for the device", "kernels"}
-        compressed["long"][0].lives[0].kept[0][0][0, 0, -1] += 1
+        kept = compressed["long"][0].lives[0].kept[0][0]
+        kept[0, 0, -1] = kept[0, 0, -2]
         again = {check.name: check for check in judge(folder, full, compressed)}
-        assert "a round" in again["rounds"].found or "scores" in again["rounds"].found
+        assert "each of them once" in again["rounds"].found
         return checks
 
     monkeypatch.setattr(dense, "started", started)

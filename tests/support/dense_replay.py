@@ -306,8 +306,10 @@ def _chosen_candidates(choice: Tensor, due: Round, block_size: int) -> Tensor:
         f"{chosen.shape[-1]} survivors, the policy asks for {due.num_survivors}"
     )
     num_candidates = due.end_candidate - due.first_candidate
-    assert chosen.min() >= 0
-    assert chosen.max() < num_candidates
+    lowest, highest = int(chosen.min()), int(chosen.max())
+    assert 0 <= lowest <= highest < num_candidates, (
+        f"candidates {lowest} to {highest} were kept, of {num_candidates}"
+    )
     assert (chosen.diff(dim=-1) > 0).all(), "survivors must be in order, each of them once"
     return chosen
 

