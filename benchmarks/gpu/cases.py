@@ -1,6 +1,6 @@
 """What ``decode.py`` measures: engines, what they are asked for, and how much memory they have."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,6 +74,14 @@ class Case:
     eager: bool = False
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 32
+
+    def only(self, names: Sequence[str]) -> "Case":
+        """The case with these sides alone. Raises ValueError for one that it has not."""
+        unknown = [name for name in names if name not in self.sides]
+        if unknown:
+            has = ", ".join(self.sides)
+            raise ValueError(f"this case has no side {', '.join(unknown)}; it has {has}")
+        return replace(self, sides={name: self.sides[name] for name in names})
 
     @property
     def max_model_len(self) -> int:

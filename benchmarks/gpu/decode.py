@@ -283,7 +283,7 @@ def exit_code(starts: list[Json], case: Case) -> int:
     """
     last = {started["name"]: started["status"] for started in starts}
     found = {last.get(name) for name, side in case.sides.items() if side.settings is not None}
-    return 0 if found == {"started"} else 3 if "refused" in found else 1
+    return 0 if found <= {"started"} else 3 if "refused" in found else 1
 
 
 def main() -> None:
@@ -292,14 +292,19 @@ def main() -> None:
     parser.add_argument("--case", choices=all_cases(2048), default="batches")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--sides", nargs="+", help="of the case; default: all of them")
     parser.add_argument("--layers", type=int, help="fewer than the model's, for a smaller card")
     parser.add_argument("--intervals", type=int, default=3, help=f"of {INTERVAL} decode steps each")
     parser.add_argument("--seconds", type=float, default=200.0, help="nothing begins after these")
     parser.add_argument("--commit", help="what is measured, where this is not a git clone")
     args = parser.parse_args()
+    case = all_cases(args.budget, args.layers)[args.case]
+    try:
+        case = case.only(args.sides or list(case.sides))
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("no GPU that torch can use")
-    case = all_cases(args.budget, args.layers)[args.case]
     memory = torch.cuda.get_device_properties(0).total_memory
     steps = args.intervals * INTERVAL
     report = run(case, args.output, steps, args.seconds, args.commit, memory)

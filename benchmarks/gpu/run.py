@@ -285,12 +285,14 @@ def main() -> None:
     parser.add_argument("--site", type=Path, help="where parts.py has unpacked vLLM")
     parser.add_argument("--layers", type=int, help="of the engines' model; default: its own")
     parser.add_argument("--budget", type=int, default=2048, help="of the engines with compression")
+    parser.add_argument("--sides", nargs="+", help="of the engines; default: all of the case")
     parser.add_argument("--kernel-budgets", nargs="+", help="of the kernels; default: all of them")
     parser.add_argument("--commit", help="what is measured, where this is not a git clone")
     args = parser.parse_args()
     commit = ["--commit", args.commit] if args.commit else []
     engines = ["--budget", str(args.budget), *commit]
     engines += ["--layers", str(args.layers)] if args.layers else []
+    engines += ["--sides", *args.sides] if args.sides else []
     budgets = ["--budgets", *args.kernel_budgets] if args.kernel_budgets else []
     options = {"kernels": [*commit, *budgets], "dense": commit, "engine": engines}
     options |= {stage.name: engines for stage in FURTHER_STAGES if stage.result}

@@ -161,6 +161,18 @@ def test_a_start_has_the_time_of_its_way_and_leaves_an_eager_one_its_own(
     assert starts.limits.pop() == pytest.approx(20.0, abs=1)
 
 
+def test_some_sides_of_a_case_can_be_measured_alone(cases: ModuleType, decode: ModuleType) -> None:
+    case = cases.all_cases(2048)["caches"]
+    assert list(case.only(["turboquant", "full"]).sides) == ["turboquant", "full"]
+    assert case.only(list(case.sides)) == case
+    alone = case.only(["fp8"])
+    assert decode.exit_code([{"name": "fp8", "status": "failed"}], alone) == 0
+    compressed = case.only(["fp8", "compressed"])
+    assert decode.exit_code([{"name": "fp8", "status": "started"}], compressed) == 1
+    with pytest.raises(ValueError, match="no side int8; it has full, fp8, turboquant, compressed"):
+        case.only(["int8"])
+
+
 def test_sides_one_after_another_run_in_the_way_of_the_first(
     cases: ModuleType, decode: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
