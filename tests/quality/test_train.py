@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 from quality.batches import TASKS
-from quality.train import Batches, Plan, Training
+from quality.muon import Muon
+from quality.train import Batches, Plan, Training, arithmetic
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -55,6 +56,27 @@ def test_a_step_runs_wholly_on_the_device_that_is_named() -> None:
     for step in (0, Plan.late_from + 1):
         loss, right = training.train_step(Batches(training.plan, 0, 1)[step])
         assert loss.device.type == right.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"),
+    [
+        (True, True, torch.bfloat16),
+        (False, True, torch.bfloat16),
+        (False, False, torch.float32),
+    ],
+)
+def test_bfloat16_is_not_emulated(
+    amx: bool, avx512: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert arithmetic(torch.device("cpu")) == expected
+    assert arithmetic(torch.device("cuda")) == torch.bfloat16
+    training = Training(Plan(), 1, torch.device("cpu"))
+    matrices = training.optimizers[0]
+    assert isinstance(matrices, Muon)
+    assert matrices.dtype == training.model.model.dtype == expected
 
 
 def test_learning_rates_rise_stay_and_fall_to_nothing_from_a_lower_one() -> None:
