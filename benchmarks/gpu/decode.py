@@ -279,11 +279,12 @@ def line_of(result: Json, names: list[str]) -> str:
 
 def exit_code(starts: list[Json], case: Case) -> int:
     """0 where every side with compression started in some way, 3 where one was refused, else 1.
-    Full attention may have no room, which is a result.
+    Full attention beside it may have no room, which is a result; without it, all must start.
     """
     last = {started["name"]: started["status"] for started in starts}
-    found = {last.get(name) for name, side in case.sides.items() if side.settings is not None}
-    return 0 if found <= {"started"} else 3 if "refused" in found else 1
+    compressed = [name for name, side in case.sides.items() if side.settings is not None]
+    found = {last.get(name) for name in compressed or case.sides}
+    return 0 if found == {"started"} else 3 if "refused" in found else 1
 
 
 def main() -> None:
