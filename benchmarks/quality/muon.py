@@ -1,7 +1,8 @@
 """Muon for the matrices of the small reasoner, in arithmetic that the processor has.
 
 torch.optim.Muon orthogonalises in bfloat16, whatever the parameters are. A processor that emulates
-bfloat16 spends nearly all of a training step there; in float32 it is a thirtieth of that.
+bfloat16 spends nearly all of a training step there; in float32 it is a thirtieth of that. Processes
+that train together take turns with the matrices instead of doing each of them everywhere.
 """
 
 import torch
@@ -20,26 +21,54 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, matrices: list[Tensor], lr: float, weight_decay: float, dtype: torch.dtype
+        self,
+        matrices: list[Tensor],
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        num_ranks: int = 1,
     ) -> None:
-        """matrices: parameters of two dimensions; dtype: of the orthogonalisation."""
+        """matrices: parameters of two dimensions; dtype: of the orthogonalisation; num_ranks:
+        processes of torch.distributed's default group, which must have the same gradients."""
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
         self.dtype = dtype
+        self.num_ranks = num_ranks
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update from the gradients."""
         for group in self.param_groups:
-            for matrix in group["params"]:
-                state = self.state[matrix]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                average = state["momentum_buffer"].lerp_(matrix.grad, 1 - MOMENTUM)
-                update = matrix.grad.lerp(average, MOMENTUM)
+            matrices: list[Tensor] = group["params"]
+            averages = [self._nesterov(matrix) for matrix in matrices]
+            for matrix, update in zip(matrices, self._orthogonal(averages), strict=True):
                 rows, columns = matrix.shape
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                rate = group["lr"] * max(1, rows / columns) ** 0.5
-                matrix.add_(orthogonal(update.to(self.dtype)), alpha=-rate)
+                matrix.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _nesterov(self, matrix: Tensor) -> Tensor:
+        """The matrix' average gradient, one step ahead."""
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        average = state["momentum_buffer"].lerp_(matrix.grad, 1 - MOMENTUM)
+        return matrix.grad.lerp(average, MOMENTUM)
+
+    def _orthogonal(self, averages: list[Tensor]) -> list[Tensor]:
+        """Every one made orthogonal, each by one rank."""
+        if self.num_ranks == 1:
+            return [orthogonal(average.to(self.dtype)) for average in averages]
+        rank = torch.distributed.get_rank()
+        flat = torch.zeros(sum(average.numel() for average in averages), dtype=self.dtype)
+        updates = [
+            part.view_as(average)
+            for part, average in zip(
+                flat.split([average.numel() for average in averages]), averages, strict=True
+            )
+        ]
+        for idx in range(rank, len(averages), self.num_ranks):
+            updates[idx].copy_(orthogonal(averages[idx].to(self.dtype)))
+        torch.distributed.all_reduce(flat)
+        return updates
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -1,35 +1,23 @@
-"""The optimizer of the matrices against torch's."""
+"""The optimizer of the matrices against torch's, and shared by several processes."""
 
+from pathlib import Path
+
+import muon_steps
 import pytest
 import torch
+from fresh_script import answer_of
+from muon_steps import RATES, SHAPES, begun, step_often
 from quality.muon import Muon, orthogonal
 from torch import Tensor
-
-SHAPES = ((64, 64), (32, 64), (128, 64))
-STEPS = 3
-
-
-def begun() -> list[Tensor]:
-    """The matrices before any step."""
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
 def stepped(kind: str, dtype: torch.dtype) -> list[Tensor]:
     """Matrices after some steps of ours ("ours") or of torch's."""
-    generator = torch.Generator().manual_seed(6)
     matrices = [matrix.requires_grad_() for matrix in begun()]
-    rates = {"lr": 0.02, "weight_decay": 0.01}
-    optimizer: torch.optim.Optimizer = (
-        Muon(matrices, **rates, dtype=dtype)
-        if kind == "ours"
-        else torch.optim.Muon(matrices, **rates)
+    ours = kind == "ours"
+    return step_often(
+        Muon(matrices, **RATES, dtype=dtype) if ours else torch.optim.Muon(matrices, **RATES)
     )
-    for _ in range(STEPS):
-        for matrix in matrices:
-            matrix.grad = torch.randn(matrix.shape, generator=generator)
-        optimizer.step()
-    return [matrix.detach() for matrix in matrices]
 
 
 def test_in_bfloat16_it_is_torchs() -> None:
@@ -43,6 +31,11 @@ def test_in_float32_it_is_torchs_within_the_rounding_of_bfloat16() -> None:
     for one, other, start in zip(ours, theirs, begun(), strict=True):
         error = (one - other).norm() / (other - start).norm()
         assert 0 < error < 15 * 2**-9
+
+
+def test_processes_that_share_the_matrices_make_what_one_makes() -> None:
+    alone = [matrix.tolist() for matrix in stepped("ours", torch.float32)]
+    assert answer_of(Path(muon_steps.__file__), "2", environment={}) == [alone, alone]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
