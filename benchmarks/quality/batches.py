@@ -19,7 +19,7 @@ GENERATORS: Mapping[str, Callable[[Random, int], Problem]] = {
     "needle": needle.generate,
     "add": addition.generate,
     "copy": copying.generate,
-    "dense": partial(dfs.generate, extras=(4, 7, 10), far_weight=HARD_WEIGHT),
+    "dense": partial(dfs.generate, extras=(4, 7, 10)),
     "changed": partial(machine.generate, changed_weight=HARD_WEIGHT),
 }
 WARM_UP_LENGTH = 256

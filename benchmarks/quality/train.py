@@ -6,9 +6,9 @@ Writes RUN/checkpoint.pt every few minutes (a later start with the same folder g
 RUN/log.jsonl (one line per 20 steps) and, at each checkpoint, RUN/model: weights, config and
 tokenizer for vLLM. Matrices inside the blocks are trained by Muon, everything else by AdamW; words
 of an answer are learned, prompts are not. Every batch is made anew from the seed and the step.
-Arithmetic is bfloat16 where that is faster, else float32. Needs a C++
-compiler, as vLLM's CPU build does. On a CPU two processes share every batch; on a GPU there is one,
-for which others make the batches.
+Arithmetic is bfloat16 where that is faster, else float32. Needs a C++ compiler, as vLLM's CPU build
+does. On a CPU two processes share every batch; on a GPU there is one, for which others make the
+batches.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Plan:
     this many). The learning rates rise over ``warm_up`` steps; from ``late_from`` on they fall
     linearly from ``late_rate`` to 0."""
 
-    steps: int = 5600
+    steps: int = 7500
     seed: int = 0
     tokens_per_step: tuple[tuple[int, int], ...] = ((512, 4096), (4096, 8192))
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
@@ -52,7 +52,7 @@ class Plan:
     late_lengths: tuple[int, ...] = (1024, 4096, 2048, 512, 4096, 2048)
     late_tasks: tuple[int, ...] = (7, 6, 7, 2, 0, 7, 6, 3, 7, 0, 2, 6, 4)
     warm_up: int = 50
-    late_rate: float = 0.5
+    late_rate: float = 0.6
     matrix_rate: float = 0.02
     norm_rate: float = 0.01
     other_rate: float = 3e-3

@@ -8,7 +8,7 @@ import pytest
 import torch
 from quality.batches import GENERATORS, NOT_LEARNED, make_batch
 from quality.problems import DEPTHS, held_out_problems, public_dfs_problems
-from quality.tasks import dfs, machine, needle
+from quality.tasks import machine, needle
 from quality.tasks.problem import HARD_WEIGHT, Problem
 from quality.vocabulary import EOS, IDS, TASKS, VOCAB_SIZE
 
@@ -73,23 +73,6 @@ def test_dense_graphs_have_the_long_lists_of_long_problems() -> None:
         return max(len(line) - 2 for problem in made for line in entries(problem.prompt[2:])[:-1])
 
     assert longest_list("dense", 1024) >= 18 > longest_list("dfs", 1024)
-
-
-@pytest.mark.parametrize(("task", "weight"), [("dfs", 1), ("dense", HARD_WEIGHT)])
-def test_neighbours_far_down_their_list_can_weigh_more(task: str, weight: float) -> None:
-    longest = 0
-    for problem in problems(task, 5):
-        answer = problem.answer
-        trace = answer.words[: answer.words.index("|")]
-        place = 0
-        for idx, word in enumerate(trace):
-            if word in {"+", "-"}:
-                place = 0
-            is_neighbour = trace[idx + 1 : idx + 2] in (["x"], ["o"])
-            assert answer.weights[idx] == (weight if is_neighbour and place >= dfs.FAR else 1)
-            place += is_neighbour
-            longest = max(longest, place)
-    assert longest > dfs.FAR
 
 
 def recursive_states(graph: dict[str, list[str]], start: str) -> list[tuple[list[str], set[str]]]:

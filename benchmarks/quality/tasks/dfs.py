@@ -19,7 +19,6 @@ from quality.vocabulary import BOS, SYMBOLS
 
 Graph = Mapping[str, Sequence[str]]
 MAX_STEP = 99
-FAR = 8
 MOST_PROMPT = 0.6
 """Share of a problem's words, about; the graph is smaller where it would need more."""
 
@@ -34,13 +33,10 @@ class State:
     scan: Sequence[str]
 
 
-def generate(
-    rng: Random, length: int, extras: Sequence[float] = (), far_weight: float = 1.0
-) -> Problem:
+def generate(rng: Random, length: int, extras: Sequence[float] = ()) -> Problem:
     """A problem of at most ``length`` words (step 0 of a small graph where none fits).
 
     Its graph has one of ``extras`` edges per node more than a tree: by default more, the longer.
-    Neighbours from the FAR-th on, which are wrong most often, have the weight ``far_weight``.
     """
     most_nodes = max(5, min(len(SYMBOLS) - 4, length // 14))
     num_nodes = (
@@ -61,11 +57,10 @@ def generate(
             fitting.append(step)
         so_far += 5 + 2 * len(state.scan)
     # Half of the problems are as long as fits.
-    last_step = fitting[-1] if rng.random() < 0.5 else rng.choice(fitting)
-    return problem(graph, start, last_step, far_weight)
+    return problem(graph, start, fitting[-1] if rng.random() < 0.5 else rng.choice(fitting))
 
 
-def problem(graph: Graph, start: str, last_step: int, far_weight: float = 1.0) -> Problem:
+def problem(graph: Graph, start: str, last_step: int) -> Problem:
     """The state of a search from ``start`` after ``last_step`` steps.
 
     Raises ValueError where the search ends before, or the step has more than two digits.
@@ -79,9 +74,8 @@ def problem(graph: Graph, start: str, last_step: int, far_weight: float = 1.0) -
         if step == last_step:
             _report(answer, graph, state)
             return Problem("dfs", [Turn(_prompt(graph, start, last_step), answer)])
-        for place, neighbour in enumerate(state.scan):
-            answer.memory(neighbour, weight=far_weight if place >= FAR else 1.0)
-            answer.memory("x" if neighbour in state.parents else "o")
+        for neighbour in state.scan:
+            answer.memory(neighbour, "x" if neighbour in state.parents else "o")
     raise ValueError(f"the search from {start} ends before step {last_step}")
 
 
