@@ -58,13 +58,10 @@ class Muon(torch.optim.Optimizer):
         if self.num_ranks == 1:
             return [orthogonal(average.to(self.dtype)) for average in averages]
         rank = torch.distributed.get_rank()
-        flat = torch.zeros(sum(average.numel() for average in averages), dtype=self.dtype)
-        updates = [
-            part.view_as(average)
-            for part, average in zip(
-                flat.split([average.numel() for average in averages]), averages, strict=True
-            )
-        ]
+        sizes = [average.numel() for average in averages]
+        flat = averages[0].new_zeros(sum(sizes), dtype=self.dtype)
+        parts = zip(flat.split(sizes), averages, strict=True)
+        updates = [part.view_as(average) for part, average in parts]
         for idx in range(rank, len(averages), self.num_ranks):
             updates[idx].copy_(orthogonal(averages[idx].to(self.dtype)))
         torch.distributed.all_reduce(flat)

@@ -33,9 +33,10 @@ def test_in_float32_it_is_torchs_within_the_rounding_of_bfloat16() -> None:
         assert 0 < error < 15 * 2**-9
 
 
-def test_processes_that_share_the_matrices_make_what_one_makes() -> None:
-    alone = [matrix.tolist() for matrix in stepped("ours", torch.float32)]
-    assert answer_of(Path(muon_steps.__file__), "2", environment={}) == [alone, alone]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_processes_that_share_the_matrices_make_what_one_makes(dtype: str) -> None:
+    alone = [matrix.tolist() for matrix in stepped("ours", getattr(torch, dtype))]
+    assert answer_of(Path(muon_steps.__file__), "2", dtype, environment={}) == [alone, alone]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -58,19 +58,11 @@ def test_a_step_runs_wholly_on_the_device_that_is_named() -> None:
         assert loss.device.type == right.device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("amx", "avx512", "expected"),
-    [
-        (True, True, torch.bfloat16),
-        (False, True, torch.float32),
-        (False, False, torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_bfloat16_is_left_to_processors_that_are_fast_at_it(
-    amx: bool, avx512: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    amx: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     assert arithmetic(torch.device("cpu")) == expected
     assert arithmetic(torch.device("cuda")) == torch.bfloat16
     training = Training(Plan(), 1, torch.device("cpu"))

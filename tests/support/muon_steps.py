@@ -29,18 +29,18 @@ def step_often(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [matrix.detach() for matrix in matrices]
 
 
-def _step(rank: int, num_ranks: int, folder: str) -> None:
+def _step(rank: int, num_ranks: int, dtype: str, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", f"file://{folder}/meeting", rank=rank, world_size=num_ranks
     )
     matrices = [matrix.requires_grad_() for matrix in begun()]
-    optimizer = Muon(matrices, **RATES, dtype=torch.float32, num_ranks=num_ranks)
+    optimizer = Muon(matrices, **RATES, dtype=getattr(torch, dtype), num_ranks=num_ranks)
     torch.save(step_often(optimizer), f"{folder}/{rank}")
 
 
 if __name__ == "__main__":
-    num_ranks = int(sys.argv[1])
+    num_ranks, dtype = int(sys.argv[1]), sys.argv[2]
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_step, (num_ranks, folder), num_ranks)
+        torch.multiprocessing.spawn(_step, (num_ranks, dtype, folder), num_ranks)
         found = [torch.load(f"{folder}/{rank}") for rank in range(num_ranks)]
     print(json.dumps([[matrix.tolist() for matrix in matrices] for matrices in found]))
