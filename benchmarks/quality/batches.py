@@ -47,6 +47,10 @@ class Batch:
         """The same on this device."""
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
+    def rows(self, which: Tensor | slice) -> "Batch":
+        """These rows only."""
+        return Batch(**{name: tensor[which] for name, tensor in vars(self).items()})
+
 
 def make_batch(
     seed: int,

@@ -13,6 +13,7 @@ batches.
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 STEPS_PER_LINE = 20
+DOUBTFUL = math.log(2)
 RANKS = {"cpu": 2, "cuda": 1}
 """Processes that train, by device."""
 BATCH_MAKERS = {"cpu": 0, "cuda": 8}
@@ -38,10 +40,12 @@ class Plan:
     """Lengths in turn, growing with the steps (until this step, this long at most); from
     ``late_from`` on those of ``late_lengths``, with ``late_tasks`` in turn (indices into TASKS),
     which are mostly those that are slow to learn. Tokens per step by length (up to this length,
-    this many). The learning rates rise over ``warm_up`` steps; from ``late_from`` on they fall
-    linearly from ``late_rate`` to 0."""
+    this many). Late, when most answers are right and teach nothing, up to ``most_reads`` times as
+    many problems are read as are learned, until enough are found whose answers are likelier wrong
+    than right. The learning rates rise over ``warm_up`` steps; from ``late_from`` on they fall
+    linearly from ``late_rate`` to ``last_rate``."""
 
-    steps: int = 7500
+    steps: int = 3800
     seed: int = 0
     tokens_per_step: tuple[tuple[int, int], ...] = ((512, 4096), (4096, 8192))
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
@@ -51,8 +55,10 @@ class Plan:
     late_from: int = 2300
     late_lengths: tuple[int, ...] = (1024, 4096, 2048, 512, 4096, 2048)
     late_tasks: tuple[int, ...] = (7, 6, 7, 2, 0, 7, 6, 3, 7, 0, 2, 6, 4)
+    most_reads: int = 4
     warm_up: int = 50
     late_rate: float = 0.6
+    last_rate: float = 0.03
     matrix_rate: float = 0.02
     norm_rate: float = 0.01
     other_rate: float = 3e-3
@@ -66,16 +72,17 @@ class Plan:
         now = [length for length in self.lengths if length <= longest]
         return now[step % len(now)]
 
-    def num_rows(self, length: int) -> int:
-        """Problems of a step, over all ranks."""
+    def num_rows(self, length: int, num_ranks: int) -> int:
+        """Problems that each rank learns in a step."""
         tokens = next(tokens for top, tokens in self.tokens_per_step if length <= top)
-        return tokens // length
+        return max(1, tokens // length // num_ranks)
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates."""
         if step < self.late_from:
             return min((step + 1) / self.warm_up, 1.0)
-        return self.late_rate * (self.steps - step) / (self.steps - self.late_from)
+        left = (self.steps - step) / (self.steps - self.late_from)
+        return self.last_rate + (self.late_rate - self.last_rate) * left
 
 
 class Training:
@@ -104,29 +111,59 @@ class Training:
         ]
         self.parameters = list(self.model.parameters())
 
-    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One update, from the gradients of all ranks. Returns this rank's loss and which labels
-        were predicted, bool [B, T], both on its device."""
+    def train_step(self, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+        """One update, from the gradients of all ranks. Returns those of this rank's problems that
+        were read, their loss and which labels were predicted, bool [B, T], on its device and
+        before the update."""
         plan = self.plan
         batch = batch.to(self.device)
         rates = (plan.matrix_rate, plan.norm_rate, plan.other_rate)
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * plan.rate(self.step)
-        logits = self.model(batch.ids).float()
-        losses = functional.cross_entropy(
-            logits.transpose(1, 2), batch.labels, ignore_index=NOT_LEARNED, reduction="none"
-        )
-        loss = (losses * batch.weights).sum(1).mean()
-        loss.backward()
+        num_rows = plan.num_rows(batch.ids.shape[1], self.num_ranks)
+        if len(batch.ids) == num_rows:
+            learned = batch
+            losses, right = self._read(batch)
+            _loss(losses, batch).backward()
+        else:
+            learned, losses, right = self._find_doubtful(batch, num_rows)
+            _loss(self._read(learned)[0], learned).backward()
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        self.num_tokens += batch.ids.numel() * self.num_ranks
-        return loss.detach(), logits.argmax(-1) == batch.labels
+        self.num_tokens += learned.ids.numel() * self.num_ranks
+        read = batch.rows(slice(len(losses)))
+        return read, _loss(losses.detach(), read), right
+
+    @torch.no_grad()
+    def _find_doubtful(self, batch: Batch, num_rows: int) -> tuple[Batch, Tensor, Tensor]:
+        """Read until ``num_rows`` problems are found whose answers are likelier wrong than right.
+        Returns them, or the least likely ones where there are too few, and losses and predictions
+        of all that were read."""
+        losses, right = [], []
+        for start in range(0, len(batch.ids), num_rows):
+            read = self._read(batch.rows(slice(start, start + num_rows)))
+            losses.append(read[0])
+            right.append(read[1])
+            # A row's sum is minus the log of the probability of all its answers. Doubtful ones are
+            # alike, else those to long answers would be all that is learned.
+            surprise = torch.cat(losses).sum(dim=1).clamp(max=DOUBTFUL)
+            if int((surprise == DOUBTFUL).sum()) >= num_rows:
+                break
+        order = surprise.sort(descending=True, stable=True).indices
+        return batch.rows(order[:num_rows]), torch.cat(losses), torch.cat(right)
+
+    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each label's loss, 0 where there is none, and which were predicted, both [B, T]."""
+        logits = self.model(batch.ids).float()
+        losses = functional.cross_entropy(
+            logits.transpose(1, 2), batch.labels, ignore_index=NOT_LEARNED, reduction="none"
+        )
+        return losses, logits.argmax(-1) == batch.labels
 
     def _average_gradients(self) -> None:
         if self.num_ranks == 1:
@@ -163,6 +200,11 @@ class Training:
             optimizer.load_state_dict(saved)
 
 
+def _loss(losses: Tensor, batch: Batch) -> Tensor:
+    """The mean of the rows' weighted losses, from those of the labels [B, T]."""
+    return (losses * batch.weights).sum(1).mean()
+
+
 def arithmetic(device: torch.device) -> torch.dtype:
     """What the model computes in: bfloat16 on a GPU and on a processor with AMX, else float32.
 
@@ -173,7 +215,7 @@ def arithmetic(device: torch.device) -> torch.dtype:
 
 
 class Batches(torch.utils.data.Dataset[Batch]):
-    """A rank's batches, by step."""
+    """What a rank reads, by step."""
 
     def __init__(self, plan: Plan, rank: int, num_ranks: int) -> None:
         self.plan = plan
@@ -183,8 +225,10 @@ class Batches(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         plan = self.plan
         length = plan.length(step)
-        rows = max(1, plan.num_rows(length) // self.num_ranks)
-        late = plan.late_tasks if step >= plan.late_from else ()
+        rows = plan.num_rows(length, self.num_ranks)
+        late: tuple[int, ...] = ()
+        if step >= plan.late_from:
+            rows, late = rows * plan.most_reads, plan.late_tasks
         return make_batch(plan.seed, step, rows, length, self.rank, self.num_ranks, late=late)
 
     def after(self, step: int, makers: int) -> Iterable[Batch]:
@@ -201,10 +245,17 @@ class Log:
         self.losses: list[float] = []
         self.right: dict[str, list[int]] = {}
 
+    def cut(self, step: int) -> None:
+        """Drop the lines after a step, from which a run goes on."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
     def add(self, batch: Batch, loss: Tensor, right: Tensor) -> None:
         """Take in a step: graded words right and in all, by task and length."""
         self.losses.append(float(loss))
-        right = right.cpu()
+        batch, right = batch.to(torch.device("cpu")), right.cpu()
         for idx, task in enumerate(TASKS):
             rows = batch.tasks == idx
             graded = batch.graded[rows]
@@ -219,7 +270,7 @@ class Log:
             "tokens": training.num_tokens,
             "seconds": round(training.seconds),
             "loss": round(sum(self.losses) / len(self.losses), 4),
-            "rate": round(training.plan.rate(training.step), 4),
+            "rate": round(training.plan.rate(training.step - 1), 4),
             "right": {
                 name: round(right / total, 4)
                 for name, (right, total) in sorted(self.right.items())
@@ -243,6 +294,9 @@ def train(
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     training = Training(plan, num_ranks, device)
     training.resume(folder)
+    # Each length, read or learned, is compiled for itself.
+    torch._dynamo.config.recompile_limit = 16
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for layer in training.model.model.layers:
         layer.compile(dynamic=False)
     if num_ranks > 1:
@@ -250,9 +304,11 @@ def train(
         torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=num_ranks)
     batches = Batches(plan, rank, num_ranks).after(training.step, BATCH_MAKERS[device.type])
     log = Log(folder / "log.jsonl")
+    if rank == 0:
+        log.cut(training.step)
     saved = begun = time.monotonic()
     for batch in batches:
-        log.add(batch, *training.train_step(batch))
+        log.add(*training.train_step(batch))
         training.seconds += time.monotonic() - begun
         begun = time.monotonic()
         if training.step % STEPS_PER_LINE == 0 and rank == 0:

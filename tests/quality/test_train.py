@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from quality.batches import TASKS
+from quality import train
+from quality.batches import NOT_LEARNED, TASKS
 from quality.muon import Muon
 from quality.train import Batches, Plan, Training, arithmetic
 
@@ -35,6 +37,8 @@ def test_two_ranks_learn_and_go_on_from_their_checkpoint(tmp_path: Path) -> None
     first, second = trained(folder, 40)
     assert second["loss"] < first["loss"] - 0.5
     assert [line["tokens"] for line in (first, second)] == [20 * 4096, 40 * 4096]
+    with (folder / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 60}\n')  # of a run that was stopped behind its checkpoint
     assert [line["step"] for line in trained(folder, 60)] == [20, 40, 60]
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
@@ -51,10 +55,11 @@ def test_batches_made_ahead_by_other_processes_are_the_same() -> None:
 
 
 def test_a_step_runs_wholly_on_the_device_that_is_named() -> None:
-    """The meta device stands for a GPU: operations between it and the CPU raise."""
-    training = Training(Plan(), 1, torch.device("meta"))
+    """The meta device stands for a GPU: operations between it and the CPU raise. It has no values,
+    so no step can depend on them: late, all that is read is learned."""
+    training = Training(replace(Plan(), most_reads=1), 1, torch.device("meta"))
     for step in (0, Plan.late_from + 1):
-        loss, right = training.train_step(Batches(training.plan, 0, 1)[step])
+        _, loss, right = training.train_step(Batches(training.plan, 0, 1)[step])
         assert loss.device.type == right.device.type == "meta"
 
 
@@ -71,7 +76,42 @@ def test_bfloat16_is_left_to_processors_that_are_fast_at_it(
     assert matrices.dtype == training.model.model.dtype == expected
 
 
-def test_learning_rates_rise_stay_and_fall_to_nothing_from_a_lower_one() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_late_only_problems_with_doubtful_answers_are_learned(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Problems are read in turn, two at a time, until two are doubtful; where there are fewer, the
+    least likely are learned too. The step is that of a batch of those two."""
+    short = replace(Plan(), tokens_per_step=((128, 256),), lengths=(128,), late_lengths=(128,))
+    plan = replace(short, late_from=1)
+    first, batch = Batches(plan, 0, 1)[0], Batches(plan, 0, 1)[1]
+    assert [len(first.ids), len(batch.ids)] == [2, 2 * plan.most_reads]
+    one, other = (Training(plan, 1, torch.device("cpu")) for _ in range(2))
+    for training in (one, other):
+        training.train_step(first)
+    with torch.no_grad():
+        logits = one.model(batch.ids).float()
+    chances = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
+    chances = chances.where(batch.labels != NOT_LEARNED, 0.0)
+    surprise = -chances.sum(1)
+    # So many of the eight are doubtful.
+    bar = surprise.quantile(1 - share).item() + (0.1 if share == 0 else 0)
+    monkeypatch.setattr(train, "DOUBTFUL", bar)
+    doubtful = [row for row in range(8) if surprise[row] >= bar]
+    assert len(doubtful) == {0.0: 0, 0.4: 3, 1.0: 8}[share]
+    num_read = 2 * (doubtful[1] // 2 + 1) if doubtful else 8
+    learned = doubtful[:2] or surprise.argsort(descending=True)[:2].tolist()
+    read, loss, right = one.train_step(batch)
+    other.train_step(batch.rows(torch.tensor(learned)))
+    assert one.num_tokens == other.num_tokens == 2 * 256
+    assert torch.equal(read.ids, batch.ids[:num_read])
+    assert torch.equal(right, (logits.argmax(-1) == batch.labels)[:num_read])
+    torch.testing.assert_close(loss, -(chances * batch.weights).sum(1)[:num_read].mean())
+    for name, weights in one.model.state_dict().items():
+        torch.testing.assert_close(weights, other.model.state_dict()[name])
+
+
+def test_learning_rates_rise_stay_and_fall_from_a_lower_one() -> None:
     plan = Plan()
     rates = [plan.rate(step) for step in range(plan.steps)]
     assert rates[: plan.warm_up] == [(step + 1) / plan.warm_up for step in range(plan.warm_up)]
@@ -79,7 +119,7 @@ def test_learning_rates_rise_stay_and_fall_to_nothing_from_a_lower_one() -> None
     falling = rates[plan.late_from :]
     assert falling[0] == plan.late_rate
     assert falling == sorted(falling, reverse=True)
-    assert 0 < falling[-1] < 1e-3
+    assert 0 < falling[-1] - plan.last_rate < 1e-3
 
 
 def test_every_problem_of_the_plan_is_as_long_as_its_stage_says() -> None:
