@@ -1,14 +1,14 @@
-"""Train the small reasoner from scratch: in 75 minutes on two CPU cores with AMX, or on a GPU.
+"""Train the small reasoner from scratch: in 101 minutes on two CPU cores without AMX, or on a GPU.
 
     PYTHONPATH=benchmarks python -m quality.train --folder RUN [--steps N] [--seed S] [--device cpu]
 
 Writes RUN/checkpoint.pt every few minutes (a later start with the same folder goes on from there),
 RUN/log.jsonl (one line per 20 steps) and, at each checkpoint, RUN/model: weights, config and
 tokenizer for vLLM. Matrices inside the blocks are trained by Muon, everything else by AdamW; words
-of an answer are learned, prompts are not. Every batch is made anew from the seed and the step.
-Arithmetic is bfloat16 where that is faster, else float32. Needs a C++ compiler, as vLLM's CPU build
-does. On a CPU two processes share every batch; on a GPU there is one, for which others make the
-batches.
+of an answer are learned, prompts are not; late, only answers that are likelier wrong than right.
+Every batch is made anew from the seed and the step. Arithmetic is bfloat16 where that is faster,
+else float32. Needs a C++ compiler, as vLLM's CPU build does. On a CPU two processes share every
+batch; on a GPU there is one, for which others make the batches.
 """
 
 import argparse
