@@ -283,9 +283,9 @@ class Log:
 
 
 def train(
+    rank: int,
     plan: Plan,
     folder: Path,
-    rank: int,
     num_ranks: int,
     device: torch.device,
     checkpoint_seconds: float,
@@ -321,7 +321,7 @@ def train(
 
 
 def main() -> None:
-    """Start the ranks and wait for them."""
+    """Start the ranks and wait for them. If one fails, or this process ends, all end."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=Plan.steps)
@@ -337,21 +337,13 @@ def main() -> None:
     plan = Plan(steps=arguments.steps, seed=arguments.seed)
     (folder / "plan.json").write_text(json.dumps(asdict(plan), indent=2) + "\n", encoding="utf-8")
     num_ranks = arguments.ranks or RANKS[arguments.device]
-    how = (num_ranks, torch.device(arguments.device), arguments.checkpoint_seconds)
+    device = torch.device(arguments.device)
+    how = (plan, folder, num_ranks, device, arguments.checkpoint_seconds)
     if arguments.rank is not None:
-        train(plan, folder, arguments.rank, *how)
+        train(arguments.rank, *how)
         return
     (folder / "meeting").unlink(missing_ok=True)
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=train, args=(plan, folder, rank, *how)) for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit("a rank failed; its error is above. Start again to go on.")
+    torch.multiprocessing.spawn(train, how, nprocs=num_ranks)
 
 
 if __name__ == "__main__":

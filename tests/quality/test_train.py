@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -19,15 +21,21 @@ from quality.train import Batches, Plan, Training, arithmetic
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(BENCHMARKS),
+    "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than these steps
+}
+
+
+def command(folder: Path, steps: int) -> list[str]:
+    """Train until this step."""
+    return [sys.executable, "-m", "quality.train", "--folder", str(folder), "--steps", str(steps)]
+
+
 def trained(folder: Path, steps: int) -> list[dict[str, Any]]:
     """The log of a run until this step."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(BENCHMARKS),
-        "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than these steps
-    }
-    command = ["-m", "quality.train", "--folder", str(folder), "--steps", str(steps)]
-    subprocess.run([sys.executable, *command], env=environment, check=True, timeout=500)
+    subprocess.run(command(folder, steps), env=ENVIRONMENT, check=True, timeout=500)
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -44,6 +52,37 @@ def test_two_ranks_learn_and_go_on_from_their_checkpoint(tmp_path: Path) -> None
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     for name, weights in loaded.state_dict().items():
         assert torch.equal(weights, checkpoint["model"][name].bfloat16())
+
+
+def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    started = subprocess.Popen(command(folder, 1000), env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 200
+        while not (folder / "log.jsonl").is_file():
+            assert started.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        children = psutil.Process(started.pid).children(recursive=True)
+    finally:
+        started.terminate()
+        started.wait(60)
+    assert len(children) >= 2
+    deadline = time.monotonic() + 60
+    while any(runs(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    left = [child for child in children if runs(child)]
+    for process in left:
+        process.kill()
+    assert not left
+
+
+def runs(process: psutil.Process) -> bool:
+    """Neither gone nor ended and waiting to be asked for its status."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_batches_made_ahead_by_other_processes_are_the_same() -> None:
