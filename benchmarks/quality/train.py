@@ -29,6 +29,7 @@ from torch.nn import functional
 
 STEPS_PER_LINE = 20
 DOUBTFUL = math.log(2)
+"""An answer is likelier wrong than right above this loss, summed over its words."""
 RANKS = {"cpu": 2, "cuda": 1}
 """Processes that train, by device."""
 BATCH_MAKERS = {"cpu": 0, "cuda": 8}
@@ -149,12 +150,12 @@ class Training:
             read = self._read(batch.rows(slice(start, start + num_rows)))
             losses.append(read[0])
             right.append(read[1])
-            # A row's sum is minus the log of the probability of all its answers. Doubtful ones are
-            # alike, else those to long answers would be all that is learned.
-            surprise = torch.cat(losses).sum(dim=1).clamp(max=DOUBTFUL)
-            if int((surprise == DOUBTFUL).sum()) >= num_rows:
+            # Minus the log of the probability of all that a row answers.
+            surprise = torch.cat(losses).sum(dim=1)
+            if int((surprise >= DOUBTFUL).sum()) >= num_rows:
                 break
-        order = surprise.sort(descending=True, stable=True).indices
+        # Doubtful ones are alike, else those with long answers would be all that is learned.
+        order = surprise.clamp(max=DOUBTFUL).sort(descending=True, stable=True).indices
         return batch.rows(order[:num_rows]), torch.cat(losses), torch.cat(right)
 
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:

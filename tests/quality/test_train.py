@@ -14,9 +14,10 @@ import pytest
 import torch
 import transformers
 from quality import train
-from quality.batches import NOT_LEARNED, TASKS
+from quality.batches import NOT_LEARNED, TASKS, Batch
 from quality.muon import Muon
 from quality.train import Batches, Plan, Training, arithmetic
+from torch import Tensor
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -115,7 +116,7 @@ def test_bfloat16_is_left_to_processors_that_are_fast_at_it(
     assert matrices.dtype == training.model.model.dtype == expected
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.4, 1.0])
 def test_late_only_problems_with_doubtful_answers_are_learned(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,26 +129,36 @@ def test_late_only_problems_with_doubtful_answers_are_learned(
     one, other = (Training(plan, 1, torch.device("cpu")) for _ in range(2))
     for training in (one, other):
         training.train_step(first)
-    with torch.no_grad():
-        logits = one.model(batch.ids).float()
-    chances = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
-    chances = chances.where(batch.labels != NOT_LEARNED, 0.0)
+    _, chances = answered(one, batch)
+    # In the second pair there are two that are less likely than what the first pair has.
+    batch = batch.rows(chances.sum(1).argsort(descending=True)[[0, 5, 7, 6, 1, 2, 3, 4]])
+    predicted, chances = answered(one, batch)
     surprise = -chances.sum(1)
     # So many of the eight are doubtful.
-    bar = surprise.quantile(1 - share).item() + (0.1 if share == 0 else 0)
+    bar = surprise.quantile(1 - share).item() + {0.0: 0.1, 1.0: -0.1}.get(share, 0.0)
     monkeypatch.setattr(train, "DOUBTFUL", bar)
     doubtful = [row for row in range(8) if surprise[row] >= bar]
-    assert len(doubtful) == {0.0: 0, 0.4: 3, 1.0: 8}[share]
-    num_read = 2 * (doubtful[1] // 2 + 1) if doubtful else 8
-    learned = doubtful[:2] or surprise.argsort(descending=True)[:2].tolist()
+    assert len(doubtful) == {0.0: 0, 0.1: 1, 0.4: 3, 1.0: 8}[share]
+    others = [row for row in surprise.argsort(descending=True).tolist() if row not in doubtful]
+    learned = (doubtful + others)[:2]
+    num_read = 2 * (doubtful[1] // 2 + 1) if len(doubtful) > 1 else 8
     read, loss, right = one.train_step(batch)
     other.train_step(batch.rows(torch.tensor(learned)))
     assert one.num_tokens == other.num_tokens == 2 * 256
     assert torch.equal(read.ids, batch.ids[:num_read])
-    assert torch.equal(right, (logits.argmax(-1) == batch.labels)[:num_read])
+    assert torch.equal(right, (predicted == batch.labels)[:num_read])
     torch.testing.assert_close(loss, -(chances * batch.weights).sum(1)[:num_read].mean())
     for name, weights in one.model.state_dict().items():
         torch.testing.assert_close(weights, other.model.state_dict()[name])
+
+
+def answered(training: Training, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The likeliest words and the log-probabilities of the right ones, 0 where none is learned,
+    both [B, T], of problems read in pairs, as a step reads them."""
+    with torch.no_grad():
+        logits = torch.cat([training.model(pair).float() for pair in batch.ids.split(2)])
+    of_labels = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
+    return logits.argmax(-1), of_labels.where(batch.labels != NOT_LEARNED, 0.0)
 
 
 def test_learning_rates_rise_stay_and_fall_from_a_lower_one() -> None:
