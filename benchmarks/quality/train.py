@@ -46,7 +46,7 @@ class Plan:
     than right. The learning rates rise over ``warm_up`` steps; from ``late_from`` on they fall
     linearly from ``late_rate`` to ``last_rate``."""
 
-    steps: int = 3800
+    steps: int = 4400
     seed: int = 0
     tokens_per_step: tuple[tuple[int, int], ...] = ((512, 4096), (4096, 8192))
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
@@ -54,8 +54,8 @@ class Plan:
         (400, 128), (800, 256), (1300, 512), (2000, 1024), (2300, 2048),
     )  # fmt: skip
     late_from: int = 2300
-    late_lengths: tuple[int, ...] = (1024, 4096, 2048, 512, 4096, 2048)
-    late_tasks: tuple[int, ...] = (7, 6, 7, 2, 0, 7, 6, 3, 7, 0, 2, 6, 4)
+    late_lengths: tuple[int, ...] = (1024, 4096, 2048, 4096, 512, 4096)
+    late_tasks: tuple[int, ...] = (7, 6, 7, 2, 0, 7, 3, 7, 6, 2, 7, 4, 0)
     most_reads: int = 4
     warm_up: int = 50
     late_rate: float = 0.6
