@@ -21,12 +21,16 @@ GENERATORS: Mapping[str, Callable[[Random, int], Problem]] = {
     "copy": copying.generate,
     "dense": partial(dfs.generate, extras=(4, 7, 10)),
     "changed": partial(machine.generate, changed_weight=HARD_WEIGHT),
+    "unbroken": recall.unbroken,
+    "scattered": needle.scattered,
 }
 WARM_UP_LENGTH = 256
 WARM_UP_ROWS = (5, 1, 2, 5, 3, 1, 5, 2, 0, 5, 3, 4)
 """Tasks of the rows of short problems: a third is copying."""
-LATE_TRIES = 3
-"""Of so many problems of a late row the longest is taken."""
+LONG = 0.75
+"""A late row's problem has at least this share of its length, as the test's have,"""
+LATE_TRIES = 12
+"""or is the longest of so many."""
 NOT_LEARNED = -100
 TASKS = tuple(GENERATORS)
 
@@ -78,8 +82,9 @@ def make_batch(
     tasks = [order[(first + row * num_ranks) % len(order)] for row in range(num_rows)]
     for row, task in enumerate(tasks):
         place = 0
-        tries = [GENERATORS[TASKS[task]](rng, length) for _ in range(LATE_TRIES if late else 1)]
-        for turn in max(tries, key=lambda problem: problem.num_words).turns:
+        generate = GENERATORS[TASKS[task]]
+        problem = _long(rng, length, generate) if late else generate(rng, length)
+        for turn in problem.turns:
             words = [IDS[word] for word in turn.prompt + turn.answer.words]
             first = place + len(turn.prompt)
             end = place + len(words)
@@ -94,3 +99,12 @@ def make_batch(
     if late:
         weights *= (labels != NOT_LEARNED).float().mean(dim=1, keepdim=True).sqrt()
     return Batch(ids, labels, weights, graded, torch.tensor(tasks))
+
+
+def _long(rng: Random, length: int, generate: Callable[[Random, int], Problem]) -> Problem:
+    tries: list[Problem] = []
+    while len(tries) < LATE_TRIES:
+        tries.append(generate(rng, length))
+        if tries[-1].num_words >= LONG * length:
+            return tries[-1]
+    return max(tries, key=lambda problem: problem.num_words)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from quality.batches import GENERATORS
+from quality.batches import GENERATORS, LONG
 from quality.tasks import dfs, needle, recall
 from quality.tasks.problem import Problem
 from quality.vocabulary import SYMBOLS, TASKS
@@ -25,7 +25,7 @@ def held_out_problems(task: str, length: int, num_problems: int) -> list[Problem
     while len(problems) < num_problems:
         rng = Random(f"{TEST_SEED} {task} {length} {idx}")
         problem = _problem(task, rng, length, len(problems))
-        if problem.num_words >= 0.75 * length or idx > 50 * num_problems:
+        if problem.num_words >= LONG * length or idx > 50 * num_problems:
             problems.append(problem)
         idx += 1
     return problems

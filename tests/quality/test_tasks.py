@@ -6,13 +6,15 @@ from random import Random
 
 import pytest
 import torch
-from quality.batches import GENERATORS, NOT_LEARNED, make_batch
+from quality.batches import GENERATORS, LONG, NOT_LEARNED, make_batch
+from quality.batches import TASKS as LEARNED
 from quality.problems import DEPTHS, held_out_problems, public_dfs_problems
 from quality.tasks import machine, needle
 from quality.tasks.problem import HARD_WEIGHT, Problem
-from quality.vocabulary import EOS, IDS, TASKS, VOCAB_SIZE
+from quality.vocabulary import EOS, IDS, LETTERS, PAD, TASKS, VOCAB_SIZE
 
 LENGTHS = (128, 300, 1024)
+TASK_IDS = {task: idx for idx, task in enumerate(LEARNED)}
 
 
 def problems(task: str, num_problems: int = 20) -> list[Problem]:
@@ -124,8 +126,9 @@ def test_values_that_are_not_what_their_line_read_before_can_weigh_more(
             assert answer.weights[idx] == (weight if is_changed else usual)
 
 
-def test_recall_answers_with_the_latest_value_of_each_key_asked() -> None:
-    for problem in problems("recall"):
+@pytest.mark.parametrize("task", ["recall", "unbroken"])
+def test_recall_answers_with_the_latest_value_of_each_key_asked(task: str) -> None:
+    for problem in problems(task):
         latest: dict[str, str] = {}
         for turn in problem.turns:
             asked_at = turn.prompt.index("?")
@@ -159,6 +162,40 @@ def test_a_running_sum_is_that_of_whole_numbers() -> None:
             written = [block[5] for block in blocks[: len(columns)]]
             assert int("".join(reversed(written))) == total
             del blocks[: len(columns)]
+
+
+@pytest.mark.parametrize("task", ["needle", "scattered"])
+def test_needles_are_answered_with_the_digits_behind_each_key_asked(task: str) -> None:
+    for problem in problems(task):
+        read: list[str] = []
+        for turn in problem.turns:
+            asked_at = turn.prompt.index("?")
+            read += turn.prompt[:asked_at]
+            places = [read.index(key) for key in turn.prompt[asked_at + 1 : -1]]
+            found = [word for place in places for word in read[place : place + 4]]
+            assert turn.answer.words == [*found, EOS]
+
+
+def test_late_streams_and_haystacks_are_read_whole_before_the_first_question() -> None:
+    """As in the test problems; what asks every now and then never has a stretch as long."""
+    for task, usual in (("unbroken", "recall"), ("scattered", "needle")):
+        made = [
+            [GENERATORS[name](Random(idx), 4096) for idx in range(100)] for name in (task, usual)
+        ]
+        whole, often = ([len(problem.turns[0].prompt) for problem in own] for own in made)
+        assert min(whole) > 3900 > 2800 > max(often)
+        assert {len(problem.turns) for problem in made[0]} == {1, 8}
+
+
+def test_needles_lie_anywhere_late_and_often_at_the_end() -> None:
+    def last_needle(task: str, idx: int) -> float:
+        prompt = GENERATORS[task](Random(idx), 4096).turns[0].prompt
+        text = prompt[: prompt.index("?")]
+        return max(place for place, word in enumerate(text) if word in LETTERS) / (len(text) - 4)
+
+    late = [last_needle("scattered", idx) for idx in range(100)]
+    assert min(late) < 0.3
+    assert 35 < sum(place == 1 for place in late) < 65
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -198,6 +235,18 @@ def test_rows_weigh_the_same_and_late_ones_more_the_more_is_learned_of_them() ->
     share = (late.labels != NOT_LEARNED).float().mean(1)
     torch.testing.assert_close(late.weights.sum(1), share.sqrt())
     assert share.max() > 4 * share.min()
+
+
+def test_late_problems_are_as_long_as_those_of_the_test() -> None:
+    def share_long(late: tuple[int, ...]) -> float:
+        batches = [make_batch(seed, 3, 20, 1024, late=late) for seed in range(8)]
+        ids = torch.cat([batch.ids[batch.tasks == TASK_IDS["dfs"]] for batch in batches])
+        return (ids != IDS[PAD]).sum(1).ge(LONG * 1024).float().mean().item()
+
+    assert share_long((TASK_IDS["dfs"],)) > 0.95 > 0.8 > share_long(())
+    for task in ("dense", "changed", "unbroken", "scattered", "add"):
+        late = make_batch(1, 3, 20, 1024, late=(TASK_IDS[task],))
+        assert ((late.ids != IDS[PAD]).sum(1) >= LONG * 1024).float().mean() > 0.8
 
 
 def entry(steps: int, stack: list[int], visited: list[int]) -> dict[str, object]:

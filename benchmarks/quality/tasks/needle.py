@@ -7,7 +7,7 @@ answer   a 4 0 7 <eos>
 from random import Random
 
 from quality.tasks.problem import Problem, Turn
-from quality.tasks.recall import MAX_ASKED, ask
+from quality.tasks.recall import MAX_ASKED, MAX_QUESTIONS, WORDS_PER_ASKING, ask
 from quality.vocabulary import BOS, DIGITS, LETTERS, SYMBOLS
 
 VALUE_DIGITS = 3
@@ -38,11 +38,36 @@ def generate(rng: Random, length: int) -> Problem:
     return Problem("needle", turns)
 
 
+def scattered(rng: Random, length: int) -> Problem:
+    """A problem of at most ``length`` words (at least 128) whose needles lie anywhere in one
+    haystack, one of them often at its very end, with one question behind it or several."""
+    depths = [rng.random() for _ in range(rng.choice((1, 1, 2, 4, 8, 16)))]
+    if rng.random() < 0.5:
+        depths[0] = 1.0
+    num_questions = rng.choice((1, min(MAX_QUESTIONS, length // WORDS_PER_ASKING)))
+    room = length - num_questions * WORDS_PER_QUESTION - 2
+    num_filler = room - len(depths) * WORDS_PER_NEEDLE
+    prompt, values = _haystack(rng, num_filler, depths)
+    turns = []
+    for _ in range(num_questions):
+        turns.append(ask(rng, prompt, values))
+        prompt = []
+    return Problem("needle", turns)
+
+
 def at_depths(rng: Random, length: int, depths: list[float]) -> Problem:
     """One question for the needles at ``depths`` (0 first word, 1 last) of ``length`` words."""
+    num_filler = length - len(depths) * (2 * WORDS_PER_NEEDLE + 1) - 6
+    words, values = _haystack(rng, num_filler, depths)
+    return Problem("needle", [ask(rng, words, values)])
+
+
+def _haystack(
+    rng: Random, num_filler: int, depths: list[float]
+) -> tuple[list[str], dict[str, str]]:
+    """The words with a needle at each depth, and the needles' values."""
     keys = rng.sample(LETTERS, len(depths))
     values = {key: _value(rng) for key in keys}
-    num_filler = length - len(depths) * (2 * WORDS_PER_NEEDLE + 1) - 6
     places = sorted(zip((round(depth * num_filler) for depth in depths), keys, strict=True))
     words = [BOS, "needle"]
     for idx in range(num_filler + 1):
@@ -51,7 +76,7 @@ def at_depths(rng: Random, length: int, depths: list[float]) -> Problem:
                 words += [key, *values[key].split()]
         if idx < num_filler:
             words.append(rng.choice(SYMBOLS))
-    return Problem("needle", [ask(rng, words, values)])
+    return words, values
 
 
 def _value(rng: Random) -> str:

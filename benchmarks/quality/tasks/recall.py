@@ -14,6 +14,9 @@ from quality.tasks.problem import Answer, Problem, Turn
 from quality.vocabulary import BOS, LETTERS, SYMBOLS
 
 MAX_ASKED = 4
+MAX_QUESTIONS = 8
+WORDS_PER_ASKING = 64
+"""Behind a stream of fewer words for each, fewer questions are asked."""
 
 
 def generate(rng: Random, length: int, num_turns: int | None = None) -> Problem:
@@ -21,9 +24,7 @@ def generate(rng: Random, length: int, num_turns: int | None = None) -> Problem:
 
     num_turns: 1 asks at the end only; None asks every now and then, many answers to learn from.
     """
-    keys = rng.sample(LETTERS, rng.randint(4, len(LETTERS)))
-    skew = rng.choice((1, 2, 3, 5))
-    weights = [rng.random() ** skew + 1e-4 for _ in keys]
+    keys, weights = _keys(rng)
     latest: dict[str, str] = {}
     turns: list[Turn] = []
     room = length - 2
@@ -46,6 +47,21 @@ def generate(rng: Random, length: int, num_turns: int | None = None) -> Problem:
     return Problem("recall", turns)
 
 
+def unbroken(rng: Random, length: int) -> Problem:
+    """A problem of at most ``length`` words (at least 128) whose updates come in one stream, with
+    one question behind it or several."""
+    keys, weights = _keys(rng)
+    num_questions = rng.choice((1, min(MAX_QUESTIONS, length // WORDS_PER_ASKING)))
+    room = length - num_questions * (3 + 3 * MAX_ASKED) - 2
+    latest: dict[str, str] = {}
+    prompt = [BOS, "recall", *_updates(rng, keys, weights, room // 2, latest)]
+    turns = []
+    for _ in range(num_questions):
+        turns.append(ask(rng, prompt, latest))
+        prompt = []
+    return Problem("recall", turns)
+
+
 def ask(
     rng: Random, prompt: list[str], values: dict[str, str], most_asked: int = MAX_ASKED
 ) -> Turn:
@@ -57,6 +73,13 @@ def ask(
         answer.memory(*values[key].split())
     answer.end()
     return Turn([*prompt, "?", *asked, "!"], answer)
+
+
+def _keys(rng: Random) -> tuple[list[str], list[float]]:
+    """Keys, and how often each is updated."""
+    keys = rng.sample(LETTERS, rng.randint(4, len(LETTERS)))
+    skew = rng.choice((1, 2, 3, 5))
+    return keys, [rng.random() ** skew + 1e-4 for _ in keys]
 
 
 def _updates(
