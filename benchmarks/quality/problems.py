@@ -33,7 +33,7 @@ def held_out_problems(task: str, length: int, num_problems: int) -> list[Problem
 
 def _problem(task: str, rng: Random, length: int, number: int) -> Problem:
     if task == "recall":
-        return recall.generate(rng, length, num_turns=1)
+        return recall.unbroken(rng, length, num_questions=1)
     if task == "needle":
         place = number % (len(DEPTHS) + 1)
         depths = [rng.random() for _ in range(4)] if place == len(DEPTHS) else [DEPTHS[place]]

@@ -7,7 +7,7 @@ answer   a 4 0 7 <eos>
 from random import Random
 
 from quality.tasks.problem import Problem, Turn
-from quality.tasks.recall import MAX_ASKED, MAX_QUESTIONS, WORDS_PER_ASKING, ask
+from quality.tasks.recall import MAX_ASKED, ask, ask_again, one_or_several
 from quality.vocabulary import BOS, DIGITS, LETTERS, SYMBOLS
 
 VALUE_DIGITS = 3
@@ -44,15 +44,11 @@ def scattered(rng: Random, length: int) -> Problem:
     depths = [rng.random() for _ in range(rng.choice((1, 1, 2, 4, 8, 16)))]
     if rng.random() < 0.5:
         depths[0] = 1.0
-    num_questions = rng.choice((1, min(MAX_QUESTIONS, length // WORDS_PER_ASKING)))
+    num_questions = one_or_several(rng, length)
     room = length - num_questions * WORDS_PER_QUESTION - 2
     num_filler = room - len(depths) * WORDS_PER_NEEDLE
     prompt, values = _haystack(rng, num_filler, depths)
-    turns = []
-    for _ in range(num_questions):
-        turns.append(ask(rng, prompt, values))
-        prompt = []
-    return Problem("needle", turns)
+    return Problem("needle", ask_again(rng, prompt, values, num_questions))
 
 
 def at_depths(rng: Random, length: int, depths: list[float]) -> Problem:

@@ -19,47 +19,50 @@ WORDS_PER_ASKING = 64
 """Behind a stream of fewer words for each, fewer questions are asked."""
 
 
-def generate(rng: Random, length: int, num_turns: int | None = None) -> Problem:
-    """A problem of at most ``length`` words, at least 100.
-
-    num_turns: 1 asks at the end only; None asks every now and then, many answers to learn from.
-    """
+def generate(rng: Random, length: int) -> Problem:
+    """A problem of at most ``length`` words, at least 100, that asks every now and then."""
     keys, weights = _keys(rng)
     latest: dict[str, str] = {}
     turns: list[Turn] = []
     room = length - 2
-    most_asked = MAX_ASKED if num_turns is not None else 2 * MAX_ASKED
+    most_asked = 2 * MAX_ASKED
     cost_of_asking = 3 + 3 * most_asked
     prompt = [BOS, "recall"]
     while room >= cost_of_asking + 2:
         entries = (room - cost_of_asking) // 2
-        if num_turns is None and turns:
-            entries = min(entries, rng.choice((0, 1, 2, 4, 10)))
-        elif num_turns is None:
-            entries = min(entries, rng.randint(2, max(2, length // 3)))
+        most = rng.choice((0, 1, 2, 4, 10)) if turns else rng.randint(2, max(2, length // 3))
+        entries = min(entries, most)
         prompt += _updates(rng, keys, weights, entries, latest)
         turn = ask(rng, prompt, latest, most_asked)
         room -= 2 * entries + len(turn.answer.words) + len(turn.answer.words) // 2 + 2
         turns.append(turn)
         prompt = []
-        if num_turns is not None and len(turns) == num_turns:
-            break
     return Problem("recall", turns)
 
 
-def unbroken(rng: Random, length: int) -> Problem:
+def unbroken(rng: Random, length: int, num_questions: int | None = None) -> Problem:
     """A problem of at most ``length`` words (at least 128) whose updates come in one stream, with
-    one question behind it or several."""
+    so many questions behind it; None: one or several."""
     keys, weights = _keys(rng)
-    num_questions = rng.choice((1, min(MAX_QUESTIONS, length // WORDS_PER_ASKING)))
+    if num_questions is None:
+        num_questions = one_or_several(rng, length)
     room = length - num_questions * (3 + 3 * MAX_ASKED) - 2
     latest: dict[str, str] = {}
     prompt = [BOS, "recall", *_updates(rng, keys, weights, room // 2, latest)]
-    turns = []
-    for _ in range(num_questions):
-        turns.append(ask(rng, prompt, latest))
-        prompt = []
-    return Problem("recall", turns)
+    return Problem("recall", ask_again(rng, prompt, latest, num_questions))
+
+
+def one_or_several(rng: Random, length: int) -> int:
+    """Questions behind a text of ``length`` words."""
+    return rng.choice((1, min(MAX_QUESTIONS, length // WORDS_PER_ASKING)))
+
+
+def ask_again(
+    rng: Random, prompt: list[str], values: dict[str, str], num_questions: int
+) -> list[Turn]:
+    """Turns that ask one after the other; the first has the prompt."""
+    first = ask(rng, prompt, values)
+    return [first, *(ask(rng, [], values) for _ in range(num_questions - 1))]
 
 
 def ask(
