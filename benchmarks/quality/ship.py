@@ -31,7 +31,8 @@ language. Made to measure what KV-cache compression does to answers; see `docs/q
 
 - Made by `python -m quality.train --steps {steps} --seed {seed}`: {tokens} tokens, {seconds}
   seconds. `training.jsonl` is the log of every twenty steps: loss, and the share of graded words
-  that were right, by task and length, on problems that were new at that moment.{note}
+  that were right, by task and length, on problems that were new at that moment, for each step's own
+  weights; the model is their moving average.{note}
 - `calibration.txt`: solved problems, for the statistics of `triattention`. `problems.jsonl`:
   programs with their traces, for `triattention demo`.
 - Licence: that of the project. No data of others went into it.

@@ -1,14 +1,15 @@
-"""Train the small reasoner from scratch: some 140 minutes of two CPU cores without AMX, or a GPU.
+"""Train the small reasoner from scratch: some 150 minutes of two CPU cores without AMX, or a GPU.
 
     PYTHONPATH=benchmarks python -m quality.train --folder RUN [--steps N] [--seed S] [--device cpu]
 
 Writes RUN/checkpoint.pt every few minutes (a later start with the same folder goes on from there),
-RUN/log.jsonl (one line per 20 steps) and, at each checkpoint, RUN/model: weights, config and
-tokenizer for vLLM. Matrices inside the blocks are trained by Muon, everything else by AdamW; words
-of an answer are learned, prompts are not; late, only answers that are likelier wrong than right.
-Every batch is made anew from the seed and the step. Arithmetic is bfloat16 where that is faster,
-else float32. Needs a C++ compiler, as vLLM's CPU build does. On a CPU two processes share every
-batch; on a GPU there is one, for which others make the batches.
+RUN/log.jsonl (one line per 20 steps) and, at each checkpoint, RUN/model: weights (late, the moving
+average of the steps' weights), config and tokenizer for vLLM. Matrices inside the blocks are
+trained by Muon, everything else by AdamW; words of an answer are learned, prompts are not; late,
+only answers that are likelier wrong than right. Every batch is made anew from the seed and the
+step. Arithmetic is bfloat16 where that is faster, else float32. Needs a C++ compiler, as vLLM's CPU
+build does. On a CPU two processes share every batch; on a GPU there is one, for which others make
+the batches.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from quality.model import Reasoner, Shape, export
 from quality.muon import Muon
 from torch import Tensor
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 STEPS_PER_LINE = 20
 DOUBTFUL = math.log(2)
@@ -44,10 +46,12 @@ class Plan:
     question breaks. Tokens per step by length (up to this length, this many). Late, when most
     answers are right and teach nothing, up to ``most_reads`` times as many problems are read as
     are learned, until enough are found whose answers are likelier wrong than right. The learning
-    rates rise over ``warm_up`` steps; from ``late_from`` on they fall linearly from ``late_rate``
-    to ``last_rate``."""
+    rates rise over ``warm_up`` steps; from ``late_from`` on they fall from ``late_rate``, to a half
+    in ``late_half`` steps, a third in twice as many, and in the last ``cool_down`` steps to nothing
+    as well. Late, the model is the exponential moving average of the steps' weights, of which each
+    step keeps ``average_decay``."""
 
-    steps: int = 4400
+    steps: int = 4700
     seed: int = 0
     tokens_per_step: tuple[tuple[int, int], ...] = ((512, 4096), (4096, 8192))
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
@@ -60,7 +64,9 @@ class Plan:
     most_reads: int = 4
     warm_up: int = 50
     late_rate: float = 0.6
-    last_rate: float = 0.03
+    late_half: int = 500
+    cool_down: int = 300
+    average_decay: float = 0.995
     matrix_rate: float = 0.02
     norm_rate: float = 0.01
     other_rate: float = 3e-3
@@ -83,8 +89,8 @@ class Plan:
         """Factor on the learning rates."""
         if step < self.late_from:
             return min((step + 1) / self.warm_up, 1.0)
-        left = (self.steps - step) / (self.steps - self.late_from)
-        return self.last_rate + (self.late_rate - self.last_rate) * left
+        late = self.late_rate / (1 + (step - self.late_from) / self.late_half)
+        return late * min((self.steps - step) / self.cool_down, 1.0)
 
 
 class Training:
@@ -112,6 +118,9 @@ class Training:
             ),
         ]
         self.parameters = list(self.model.parameters())
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(plan.average_decay)
+        )
 
     def train_step(self, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
         """One update, from the gradients of all ranks. Returns those of this rank's problems that
@@ -136,6 +145,9 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        if self.step < plan.late_from:
+            self.average.n_averaged.zero_()  # early, the average is of the last step alone
+        self.average.update_parameters(self.model)
         self.step += 1
         self.num_tokens += learned.ids.numel() * self.num_ranks
         read = batch.rows(slice(len(losses)))
@@ -184,11 +196,12 @@ class Training:
             "num_tokens": self.num_tokens,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         torch.save(state, folder / "checkpoint.new")
         os.replace(folder / "checkpoint.new", folder / "checkpoint.pt")
-        export(self.model, folder / "model")
+        export(self.average.module, folder / "model")
 
     def resume(self, folder: Path) -> None:
         """Go on from the folder's checkpoint, if it has one."""
@@ -198,6 +211,7 @@ class Training:
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.seconds = state["seconds"]
         self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 

@@ -167,9 +167,47 @@ def test_learning_rates_rise_stay_and_fall_from_a_lower_one() -> None:
     assert rates[: plan.warm_up] == [(step + 1) / plan.warm_up for step in range(plan.warm_up)]
     assert set(rates[plan.warm_up : plan.late_from]) == {1.0}
     falling = rates[plan.late_from :]
-    assert falling[0] == plan.late_rate
     assert falling == sorted(falling, reverse=True)
-    assert 0 < falling[-1] - plan.last_rate < 1e-3
+    assert falling[:: plan.late_half][:4] == pytest.approx(
+        [plan.late_rate, plan.late_rate / 2, plan.late_rate / 3, plan.late_rate / 4]
+    )
+    assert 0 < falling[-1] < falling[-plan.cool_down] / plan.cool_down
+
+
+def test_a_shorter_run_is_the_beginning_of_a_longer_one_but_for_its_end() -> None:
+    plan = Plan()
+    shorter = replace(plan, steps=plan.steps - 1000)
+    end = shorter.steps - plan.cool_down + 1
+    rates, less = ([own.rate(step) for step in range(own.steps)] for own in (plan, shorter))
+    assert less[:end] == rates[:end]
+    assert all(one < other for one, other in zip(less[end:], rates[end:], strict=False))
+
+
+def test_late_the_model_is_the_moving_average_of_the_steps_weights(tmp_path: Path) -> None:
+    """Early it is that of the last step, and a run that stopped goes on with the same average."""
+    short = replace(Plan(), tokens_per_step=((128, 256),), lengths=(128,), late_lengths=(128,))
+    plan = replace(short, late_from=2, average_decay=0.9)
+    training = Training(plan, 1, torch.device("cpu"))
+    batches = Batches(plan, 0, 1)
+    for step in range(6):
+        if step == 4:
+            training.save(tmp_path)
+            training = Training(plan, 1, torch.device("cpu"))
+            training.resume(tmp_path)
+        training.train_step(batches[step])
+        weights = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+        if step < plan.late_from:
+            expected = weights
+        else:
+            expected = {name: 0.9 * expected[name] + 0.1 * new for name, new in weights.items()}
+        for name, averaged in training.average.module.state_dict().items():
+            torch.testing.assert_close(averaged, expected[name])
+    moved = max((expected[name] - new).abs().max() for name, new in weights.items())
+    assert moved > 1e-4
+    training.save(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for name, own in training.average.module.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], own.bfloat16())
 
 
 def test_every_problem_of_the_plan_is_as_long_as_its_stage_says() -> None:
