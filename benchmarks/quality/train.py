@@ -43,15 +43,16 @@ class Plan:
     """Lengths in turn, growing with the steps (until this step, this long at most); from
     ``late_from`` on those of ``late_lengths``, with ``late_tasks`` in turn (indices into TASKS),
     which are mostly those that are slow to learn, and of streams and haystacks those too that no
-    question breaks. Tokens per step by length (up to this length, this many). Late, when most
-    answers are right and teach nothing, up to ``most_reads`` times as many problems are read as
-    are learned, until enough are found whose answers are likelier wrong than right. The learning
-    rates rise over ``warm_up`` steps; from ``late_from`` on they fall from ``late_rate``, to a half
-    in ``late_half`` steps, a third in twice as many, and in the last ``cool_down`` steps to nothing
-    as well. Late, the model is the exponential moving average of the steps' weights, of which each
-    step keeps ``average_decay``."""
+    question breaks; from ``last_from`` on with ``last_tasks``, of which half are searches. Tokens
+    per step by length (up to this length, this many). Late, when most answers are right and teach
+    nothing, up to ``most_reads`` times as many problems are read as are learned, until enough are
+    found whose answers are likelier wrong than right. The learning rates rise over ``warm_up``
+    steps; from ``late_from`` on they fall from ``late_rate``, to a half in ``late_half`` steps, a
+    third in twice as many, and in the last ``cool_down`` steps to nothing as well. Late, the model
+    is the exponential moving average of the steps' weights, of which each step keeps
+    ``average_decay``."""
 
-    steps: int = 4700
+    steps: int = 5000
     seed: int = 0
     tokens_per_step: tuple[tuple[int, int], ...] = ((512, 4096), (4096, 8192))
     lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
@@ -61,6 +62,8 @@ class Plan:
     late_from: int = 2300
     late_lengths: tuple[int, ...] = (1024, 4096, 2048, 4096, 512, 4096)
     late_tasks: tuple[int, ...] = (7, 6, 7, 8, 0, 7, 9, 2, 7, 6, 3, 7, 4, 0)
+    last_from: int = 4400
+    last_tasks: tuple[int, ...] = (6, 7, 0, 6, 7, 0, 9, 7, 6, 0, 2, 7, 6, 3, 0, 7, 4)
     most_reads: int = 4
     warm_up: int = 50
     late_rate: float = 0.6
@@ -79,6 +82,12 @@ class Plan:
         longest = next((top for end, top in self.stages if step < end), max(self.lengths))
         now = [length for length in self.lengths if length <= longest]
         return now[step % len(now)]
+
+    def tasks(self, step: int) -> tuple[int, ...]:
+        """Late, the tasks that take turns in a step."""
+        if step < self.late_from:
+            return ()
+        return self.late_tasks if step < self.last_from else self.last_tasks
 
     def num_rows(self, length: int, num_ranks: int) -> int:
         """Problems that each rank learns in a step."""
@@ -242,9 +251,9 @@ class Batches(torch.utils.data.Dataset[Batch]):
         plan = self.plan
         length = plan.length(step)
         rows = plan.num_rows(length, self.num_ranks)
-        late: tuple[int, ...] = ()
-        if step >= plan.late_from:
-            rows, late = rows * plan.most_reads, plan.late_tasks
+        late = plan.tasks(step)
+        if late:
+            rows *= plan.most_reads
         return make_batch(plan.seed, step, rows, length, self.rank, self.num_ranks, late=late)
 
     def after(self, step: int, makers: int) -> Iterable[Batch]:

@@ -218,6 +218,22 @@ def test_every_problem_of_the_plan_is_as_long_as_its_stage_says() -> None:
     assert plan.stages[-1][0] == plan.late_from
     assert set(lengths[plan.late_from :]) == set(plan.late_lengths)
     assert max(plan.late_lengths) == max(plan.lengths)
-    learned = {TASKS[task] for task in plan.late_tasks}
+
+
+def test_late_and_at_last_the_tasks_of_the_plan_take_turns() -> None:
+    plan = Plan()
+    batches = Batches(plan, 0, 1)
+    late, last = (
+        next(step for step in range(start, plan.steps) if plan.length(step) == 512)
+        for start in (plan.late_from, plan.last_from)
+    )
     streams = {"recall", "unbroken", "needle", "scattered"}
-    assert learned == {"changed", "dense", "dfs", "add"} | streams
+    taught = {"changed", "dense", "dfs", "add"} | streams
+    for step, order, names in (
+        (late, plan.late_tasks, taught),
+        (last, plan.last_tasks, taught - {"unbroken"}),
+    ):
+        assert {TASKS[task] for task in order} == names
+        tasks = batches[step].tasks.tolist()
+        turns = [(order[start:] + order[:start]) for start in range(len(order))]
+        assert tuple(tasks[: len(order)]) in turns
