@@ -43,7 +43,7 @@ class Plan:
     """Lengths in turn, growing with the steps (until this step, this long at most); from
     ``late_from`` on those of ``late_lengths``, with ``late_tasks`` in turn (indices into TASKS),
     which are mostly those that are slow to learn, and of streams and haystacks those too that no
-    question breaks; from ``last_from`` on with ``last_tasks``, of which half are searches. Tokens
+    question breaks; in the ``last_steps`` with ``last_tasks``, of which half are searches. Tokens
     per step by length (up to this length, this many). Late, when most answers are right and teach
     nothing, up to ``most_reads`` times as many problems are read as are learned, until enough are
     found whose answers are likelier wrong than right. The learning rates rise over ``warm_up``
@@ -62,7 +62,7 @@ class Plan:
     late_from: int = 2300
     late_lengths: tuple[int, ...] = (1024, 4096, 2048, 4096, 512, 4096)
     late_tasks: tuple[int, ...] = (7, 6, 7, 8, 0, 7, 9, 2, 7, 6, 3, 7, 4, 0)
-    last_from: int = 4400
+    last_steps: int = 600
     last_tasks: tuple[int, ...] = (6, 7, 0, 6, 7, 0, 9, 7, 6, 0, 2, 7, 6, 3, 0, 7, 4)
     most_reads: int = 4
     warm_up: int = 50
@@ -87,7 +87,7 @@ class Plan:
         """Late, the tasks that take turns in a step."""
         if step < self.late_from:
             return ()
-        return self.late_tasks if step < self.last_from else self.last_tasks
+        return self.late_tasks if step < self.steps - self.last_steps else self.last_tasks
 
     def num_rows(self, length: int, num_ranks: int) -> int:
         """Problems that each rank learns in a step."""

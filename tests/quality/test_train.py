@@ -220,12 +220,13 @@ def test_every_problem_of_the_plan_is_as_long_as_its_stage_says() -> None:
     assert max(plan.late_lengths) == max(plan.lengths)
 
 
-def test_late_and_at_last_the_tasks_of_the_plan_take_turns() -> None:
-    plan = Plan()
+@pytest.mark.parametrize("steps", [Plan.steps, 4000])
+def test_late_and_at_last_the_tasks_of_the_plan_take_turns(steps: int) -> None:
+    plan = Plan(steps)
     batches = Batches(plan, 0, 1)
     late, last = (
         next(step for step in range(start, plan.steps) if plan.length(step) == 512)
-        for start in (plan.late_from, plan.last_from)
+        for start in (plan.late_from, steps - plan.last_steps)
     )
     streams = {"recall", "unbroken", "needle", "scattered"}
     taught = {"changed", "dense", "dfs", "add"} | streams
