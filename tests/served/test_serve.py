@@ -34,7 +34,7 @@ def stream_chat(
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"ignore_eos": True},
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
     )
     with stream:
         for chunk in stream:

@@ -89,6 +89,7 @@ def put_under_load(
             stream_options={"include_usage": True},
             extra_body={
                 "ignore_eos": True,
+                "skip_special_tokens": False,  # an ignored end is a word of the answer
                 "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             },
         )
