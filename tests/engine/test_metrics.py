@@ -161,7 +161,7 @@ share_metrics_folder(log_stats=True)
 folder = Path(os.environ["TRIATTENTION_METRICS_FOLDER"])
 share_metrics_folder(log_stats=True)
 assert folder == Path(os.environ["TRIATTENTION_METRICS_FOLDER"])
-print(folder, oct(folder.stat().st_mode))
+print(folder, oct(folder.stat().st_mode), flush=True)  # a fork would inherit the buffer
 unregister_vllm_metrics()
 MetricsFile(folder, {"model_name": "tiny", "engine": "0"}, METRICS)
 assert b"triattention:rounds_total{" in generate_latest(REGISTRY)
