@@ -3,12 +3,16 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.worker.gpu import buffer_utils
+from vllm.v1.worker.gpu.sample.states import SamplingStates
 
 from triattention_vllm.engine import calibration
 from triattention_vllm.engine.calibration import merge_shards
@@ -109,6 +113,24 @@ def test_a_segment_is_one_request_that_is_finished_afterwards() -> None:
     assert worker.num_sampled == 1
     assert finish.finished_req_ids == {request.req_id}
     assert finish.total_num_scheduled_tokens == 0
+
+
+def test_a_segment_draws_no_seed_of_the_users_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: without compression, and at a start that found its statistics, other tokens were
+    sampled. Model runner V2 draws the seeds of requests that name none from one generator."""
+    monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)
+    worker, states = RecordingWorker(), SamplingStates(max_num_reqs=2, vocab_size=10)
+    run_segment(worker, [1, 2, 3], engine_config(), pool(50, 16))
+    (segment,) = worker.steps[0].scheduled_new_reqs
+
+    def drawn(*first: SamplingParams) -> int:
+        np.random.seed(7)
+        for params in (*first, SamplingParams()):
+            states.add_request(0, params)
+        return int(states.seeds.np[0])
+
+    assert drawn(segment.sampling_params) == drawn()
+    assert drawn(SamplingParams()) != drawn()
 
 
 def test_the_request_is_finished_also_where_its_step_fails() -> None:

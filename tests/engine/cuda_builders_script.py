@@ -89,7 +89,7 @@ def make_builder(builder_class: type, config: Any, device: str) -> Any:
 def knowing_null_heads(builder: Any) -> Any:
     """Ours, in a step whose null heads are known."""
     builder.null_heads = NullHeads(16)
-    builder.null_heads.read_rows_with(lambda _: ["a", "b", "c"])
+    builder.null_heads.read_rows_with(lambda: ["a", "b", "c"])
     builder.null_heads.begin_step(NULL_HEADS)
     return builder
 

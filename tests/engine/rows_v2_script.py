@@ -4,10 +4,10 @@ vLLM's CPU build switches Triton off when it is imported, so this runs in its ow
 """
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import vllm.platforms
 
@@ -17,6 +17,8 @@ vllm.platforms.vllm_version_matches_substr = lambda _: False
 from table_arguments import kernel_block_sizes  # noqa: E402
 from vllm.v1.worker.gpu import buffer_utils  # noqa: E402
 from vllm.v1.worker.gpu.block_table import BlockTables  # noqa: E402
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers  # noqa: E402
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: E402
 
 from triattention_vllm.engine.kv_manager import RoundPlan  # noqa: E402
 from triattention_vllm.engine.rows import RowsV2  # noqa: E402
@@ -53,30 +55,30 @@ def rows_after_rounds(num_groups: int) -> dict[str, Any]:
     for index, first in ((0, 11), (1, 51), (2, 91)):
         tables.append_block_ids(index, ([*range(first, first + 5)],) * num_groups, overwrite=True)
     tables.apply_staged_writes()
-    names = {0: "q", 1: "r", 2: "s"}
-    runner = SimpleNamespace(
-        block_tables=tables,
-        req_states=SimpleNamespace(
-            req_id_to_index={name: index for index, name in names.items()}, index_to_req_id=names
-        ),
-    )
+    runner = GPUModelRunner.__new__(GPUModelRunner)
+    runner.block_tables, runner.pcp_manager = tables, None
+    runner.req_states = SimpleNamespace(req_id_to_index={"q": 0, "r": 1, "s": 2})
     rows = RowsV2(runner)
+    requests = [rows.requests()]
     rows.write([plan_of("q", num_groups - 1, 11), plan_of("r", num_groups - 1, 51)])
     for index, block in ((0, 16), (1, 56), (2, 96)):
         tables.append_block_ids(index, ([block],) * num_groups, overwrite=False)
     tables.apply_staged_writes()
-    order = torch.tensor([2, 0, 1])
-    gathered = tables.gather_block_tables(order, num_reqs_padded=3)
-    slots = tables.compute_slot_mappings(
-        order, torch.tensor([0, 1, 2, 3], dtype=torch.int32), torch.tensor([20, 21, 22]), 4
+    batch = replace(
+        InputBatch.make_dummy(3, 3, InputBuffers(3, 8, torch.device("cpu"))),
+        req_ids=["s", "q", "r"],
+        idx_mapping=torch.tensor([2, 0, 1]),
+        positions=torch.tensor([20, 21, 22]),
+        num_tokens_after_padding=4,
     )
-    metadata = SimpleNamespace(req_idx=order.numpy().astype(np.int32))
+    gathered, slots = runner.prepare_attn(batch)
+    requests.append(rows.requests())
     return {
         "rows": [row[:6].tolist() for row in gathered[-1]],
         "other_group": [row[:6].tolist() for row in gathered[0]],
         "num_blocks": tables.num_blocks.np[-1].tolist(),
         "slots": slots[-1].tolist(),
-        "requests": rows.requests(metadata),
+        "requests": requests,
     }
 
 

@@ -70,7 +70,7 @@ def metadata(rows: list[list[int]], seq_lens: list[int]) -> CommonAttentionMetad
 
 def host_knows(builder: Builder, of_request: dict[str, int], names: list[str]) -> None:
     builder.null_heads = NullHeads(BLOCK_SIZE)
-    builder.null_heads.read_rows_with(lambda _: names)
+    builder.null_heads.read_rows_with(lambda: names)
     builder.null_heads.begin_step(of_request)
 
 
@@ -175,7 +175,7 @@ def test_rows_of_blocks_that_vllm_splits_lose_every_part_of_a_null_block() -> No
     (split,) = group.metadata_builders
     assert split.kv_cache_spec.block_size == BLOCK_SIZE
     split.null_heads = NullHeads(manager)
-    split.null_heads.read_rows_with(lambda _: ["a", "b"])
+    split.null_heads.read_rows_with(lambda: ["a", "b"])
     split.null_heads.begin_step({"a": 2})
     after = group.build_metadata(metadata([[0, 0, 3, 5], [1, 2]], [29, 10]))
     assert after.seq_lens.tolist() == after.seq_lens_cpu_upper_bound.tolist() == [13, 10]
@@ -189,8 +189,7 @@ def test_rows_of_blocks_that_vllm_splits_lose_every_part_of_a_null_block() -> No
 )
 def test_the_draft_model_of_model_runner_v2_loses_whole_null_blocks_too() -> None:
     """Regression: its groups were not told the size of the manager's blocks, so that it read the
-    null block's second half as tokens. vLLM's classes without what needs a GPU; its drafts are
-    built without request indices."""
+    null block's second half as tokens. vLLM's classes without what needs a GPU."""
     manager = 2 * BLOCK_SIZE
     groups = [split_group(manager) for _ in ("model", "draft")]
     worker = CompressionGPUWorker.__new__(CompressionGPUWorker)

@@ -23,8 +23,8 @@ from triattention_vllm.engine.spec import CompressedAttentionSpec
 QueryObserver = Callable[[str, torch.Tensor], None]
 """Called with a layer's name and its queries after RoPE, [n, H, D], before attention."""
 
-RowReader = Callable[[CommonAttentionMetadata], None]
-"""Called with vLLM's description of the batch that is about to run."""
+RowReader = Callable[[], None]
+"""Called when the batch that is about to run is known, before attention sees its queries."""
 
 _BACKENDS = f"{__package__}.backends"
 BACKENDS: dict[AttentionBackendEnum, str] = {
@@ -92,7 +92,7 @@ class ShiftedRows:
     ) -> Any:
         """vLLM's ``build`` on rows without their null head."""
         if self.row_reader is not None:
-            self.row_reader(common_attn_metadata)
+            self.row_reader()
         if isinstance(self.kv_cache_spec, CompressedAttentionSpec):
             common_attn_metadata = self._shifted(common_attn_metadata)
         return super().build(  # type: ignore[misc]

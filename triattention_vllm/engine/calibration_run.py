@@ -101,7 +101,9 @@ def _request(
         req_id=_REQUEST_ID,
         prompt_token_ids=tokens,
         mm_features=[],
-        sampling_params=SamplingParams(max_tokens=2, temperature=0.0),
+        # With a seed of its own, or model runner V2 would draw one from the generator that the
+        # seeds of users' requests are drawn from, and they would sample other tokens.
+        sampling_params=SamplingParams(max_tokens=2, temperature=0.0, seed=0),
         pooling_params=None,
         block_ids=tuple(_block_ids(len(tokens), vllm_config, kv_cache_config)),
         num_computed_tokens=0,

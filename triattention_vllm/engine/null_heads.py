@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-RequestsOfRows = Callable[[CommonAttentionMetadata], list[str]]
+RequestsOfRows = Callable[[], list[str]]
 """The request id of each row of a batch that is about to run, in the order of its rows."""
 
 
@@ -23,7 +23,7 @@ class NullHeads:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._of_request: Mapping[str, int] = {}
-        self._requests_of_rows: RequestsOfRows = lambda _: []
+        self._requests_of_rows: RequestsOfRows = list
 
     def read_rows_with(self, requests_of_rows: RequestsOfRows) -> None:
         """Use the model runner's own order of rows."""
@@ -40,7 +40,7 @@ class NullHeads:
     def of_rows(self, metadata: CommonAttentionMetadata) -> NDArray[np.int32]:
         """Null blocks of each row [R]; rows behind the last request are padding and have none."""
         nulls = np.zeros(metadata.seq_lens.shape[0], dtype=np.int32)
-        for row, request_id in enumerate(self._requests_of_rows(metadata)[: len(nulls)]):
+        for row, request_id in enumerate(self._requests_of_rows()[: len(nulls)]):
             nulls[row] = self._of_request.get(request_id, 0)
         return nulls
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from vllm.v1.attention.backend import CommonAttentionMetadata
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner as ModelRunnerV1
 
@@ -16,8 +17,8 @@ class Rows(Protocol):
     def write(self, plans: Sequence[RoundPlan]) -> None:
         """Put each plan's row in the place of its request's old one, before the step runs."""
 
-    def requests(self, metadata: CommonAttentionMetadata) -> list[str]:
-        """The request id of each row of the batch that ``metadata`` describes, in order."""
+    def requests(self) -> list[str]:
+        """The request id of each row of the batch whose attention metadata is built, in order."""
 
 
 class RowsV1:
@@ -50,17 +51,31 @@ class RowsV1:
             rows = self._runner.input_batch.block_table[plan.group_id].block_table.np
             rows[row_idx, plan.row_start : end] = plan.row_blocks
 
-    def requests(self, metadata: CommonAttentionMetadata) -> list[str]:
+    def requests(self) -> list[str]:
         """The persistent batch, after it was condensed and reordered for this step."""
-        del metadata
         return list(self._runner.input_batch.req_ids)
 
 
 class RowsV2:
-    """Model runner V2: staged writes into rows by request index."""
+    """Model runner V2: staged writes into rows by request index.
+
+    ``prepare_attn`` of ``runner`` is wrapped: vLLM calls it for every batch of requests, and no
+    other, before metadata of the batch is built for the model and for drafts. The metadata itself
+    names requests for some models and vLLM versions only.
+    """
 
     def __init__(self, runner: ModelRunnerV2) -> None:
         self._runner = runner
+        self._requests: list[str] = []
+        prepare_attn = runner.prepare_attn
+
+        def remember_requests(
+            input_batch: InputBatch,
+        ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+            self._requests = input_batch.req_ids
+            return prepare_attn(input_batch)
+
+        runner.prepare_attn = remember_requests
 
     def write(self, plans: Sequence[RoundPlan]) -> None:
         """Staged writes, which vLLM applies with the step's own appends.
@@ -73,9 +88,7 @@ class RowsV2:
             table = self._runner.block_tables.block_tables[plan.group_id]
             table.stage_write(req_idx, plan.row_start, plan.row_blocks)
 
-    def requests(self, metadata: CommonAttentionMetadata) -> list[str]:
-        """From the request index that vLLM gives each row; dummy batches have none."""
-        if metadata.req_idx is None:
-            return []
-        names = self._runner.req_states.index_to_req_id
-        return [names.get(index, "") for index in metadata.req_idx.tolist()]
+    def requests(self) -> list[str]:
+        """The last batch of requests. A dummy batch may run behind it, in whose step no request has
+        a null head or queries to be seen."""
+        return self._requests

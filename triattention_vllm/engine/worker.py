@@ -9,7 +9,6 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.parallel_state import get_world_group
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
@@ -187,8 +186,8 @@ class CompressionWorker(Worker):
             return
         queries, rows, device = observations.queries, self.rows, self.device
 
-        def read_rows(metadata: CommonAttentionMetadata) -> None:
-            queries.read_rows(rows.requests(metadata), device)
+        def read_rows() -> None:
+            queries.read_rows(rows.requests(), device)
 
         for group in itertools.chain(*self.model_runner.attn_groups):
             if group.kv_cache_group_id == group_id:
