@@ -166,7 +166,10 @@ def statistics(
     its eighth power, where a ranking value is a standard deviation.
     """
     num_requests, num_layers, num_heads, num_tokens = scores.shape
-    means, stds = scores.new_empty(2, num_requests, num_layers, num_heads)
+    # Each in memory of its own: compiled code depends on whether a tensor starts at a multiple of
+    # 16 bytes, which must not depend on the number of requests.
+    means = scores.new_empty(num_requests, num_layers, num_heads)
+    stds = torch.empty_like(means)
     num_rows = num_layers * num_heads
     if repeats is None:
         statistics_kernel[(num_rows, num_requests)](

@@ -129,6 +129,15 @@ def test_what_cannot_be_compressed_is_refused_with_its_reason(
     assert "start without --kv-compression" in str(caught.value)
 
 
+def test_scores_that_are_not_normalised_are_refused_beside_scaled_keys(config: VllmConfig) -> None:
+    """Regression: a layer weighed as one over the scale of its fp8 keys."""
+    scaled, plain = with_cache(cache_dtype="fp8")(config), Settings(score_normalise="none")
+    refuse_unsupported(config, plain)
+    refuse_unsupported(scaled, Settings())
+    with pytest.raises(UnsupportedError, match="leave it at 'heads', or set --kv-cache-dtype auto"):
+        refuse_unsupported(scaled, plain)
+
+
 @pytest.mark.feature("Rust frontend", "refused")
 def test_the_rust_frontend_is_refused(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """It answered a budget that cannot be served with 200, and had no metrics of rounds."""

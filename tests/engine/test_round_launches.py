@@ -4,8 +4,8 @@ Such tensors take a GPU's path, and nothing on them can be read: every operation
 is seen here, every kernel is recorded instead of run.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from ahead_of_time import recorded
 from triattention_kernels import (
     PagedKV,
+    RoundBatch,
     compact_triton,
     fill_holes_triton,
     score_triton,
@@ -25,11 +26,24 @@ from triattention_kernels import (
     statistics_triton,
 )
 
-from triattention_vllm.config import Settings
+from triattention_vllm.config import Method, Settings
 from triattention_vllm.engine.kv_manager import RoundPlan
-from triattention_vllm.engine.rounds import MAX_BATCH_TOKENS, DraftRounds, Rounds, TargetRounds
+from triattention_vllm.engine.rounds import (
+    MAX_BATCH_TOKENS,
+    DraftRounds,
+    Rounds,
+    TargetRounds,
+    _batch,
+)
+from triattention_vllm.method.region import region_norms
 from triattention_vllm.method.rope import Rotary
+from triattention_vllm.method.score_knorm import KnormScorer
+from triattention_vllm.method.score_random import RandomScorer
+from triattention_vllm.method.score_streamingllm import StreamingLLMScorer
 from triattention_vllm.method.score_triattention import TriAttentionScorer
+from triattention_vllm.method.score_vnorm import VnormScorer
+from triattention_vllm.method.scorer import Observation, Scorer
+from triattention_vllm.method.scorers import OBSERVING_SCORERS
 from triattention_vllm.method.statistics import Fingerprint, Statistics
 
 MODULES = (compact_triton, fill_holes_triton, score_triton, select_triton, statistics_triton)
@@ -41,13 +55,14 @@ ALLOCATIONS = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.n
 
 class OnDevice(TorchDispatchMode):
     """Operations with a tensor on the device: copies of host memory that the host does not wait
-    for, and all others that are neither views nor allocations.
+    for, and all others that are neither views nor allocations. And the bytes of the largest result.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.num_copies = 0
         self.others: list[str] = []
+        self.largest = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -57,6 +72,7 @@ class OnDevice(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         is_copy = function.overloadpacket is torch.ops.aten._to_copy
+        self.largest = max(self.largest, 0, *(0 if function.is_view else t.nbytes for t in made))
         if not any(tensor.is_meta for tensor in given + made):
             return result
         if is_copy and kwargs.get("non_blocking") and not any(tensor.is_meta for tensor in given):
@@ -168,6 +184,68 @@ def test_every_launch_of_a_round_has_been_compiled_in_the_warm_up(compaction: st
             rounds.run(make_plans(3))
             rounds.run(make_plans(1, moves_forward=False))
         assert {launch.key for launch in served} <= {launch.key for launch in warm}
+
+
+class ShownQueries:
+    """Queries of every request for a scorer that looks at them, without a step that shows them."""
+
+    def of(self, plan: RoundPlan) -> Observation:
+        return Observation(torch.empty(NUM_LAYERS, 8, NUM_HEADS, HEAD_DIM, device="meta"), None)
+
+    def keep(self, plans: Sequence[RoundPlan], scores: Tensor, kept: Tensor) -> None:
+        assert scores.is_meta
+        assert kept.is_meta
+
+
+def other_rounds(method: str) -> TargetRounds:
+    settings, kv = Settings(method=method), make_kv(False)  # type: ignore[arg-type]
+    if method in OBSERVING_SCORERS:
+        observing = OBSERVING_SCORERS[method]([1.0] * NUM_LAYERS)
+        shown: Any = ShownQueries()
+        return TargetRounds(kv, BLOCK_SIZE, observing, settings, shown)
+    scorers: dict[str, Scorer] = {
+        "streamingllm": StreamingLLMScorer(),
+        "knorm": KnormScorer(),
+        "vnorm": VnormScorer(),
+        "random": RandomScorer(range(NUM_LAYERS)),
+    }
+    return TargetRounds(kv, BLOCK_SIZE, scorers[method], settings)
+
+
+@pytest.mark.parametrize("method", [m for m in get_args(Method) if m != "triattention"])
+def test_the_kernels_take_the_scores_of_every_method(method: str) -> None:
+    """Regression: those of streamingllm were an expanded view, which the kernels refuse, and on the
+    CPU torch operations took it."""
+    with recorded(*MODULES) as launches:
+        other_rounds(method).run(make_plans(3))
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names[-3:] == ["ranking_kernel", "keep_kernel", "compact_kernel"]
+
+
+def test_lengths_of_a_long_region_are_taken_of_a_few_layers_at_a_time() -> None:
+    """Regression: of all layers at once it took gigabytes beside a prompt that is read."""
+    size = (36, 641, 16, 8, 2 * 128)
+    kv = PagedKV.from_blocks(torch.empty(size, dtype=torch.bfloat16, device="meta").transpose(2, 3))
+    blocks = torch.arange(1, 641, device="meta")[None]
+    batch = RoundBatch(blocks, blocks[:, :128], (640,), (128,), (0,), False)
+    with OnDevice() as seen:
+        norms = region_norms(kv, batch, "values")
+    assert norms.shape == (1, 36, 8, 10240)
+    assert norms.nbytes < seen.largest <= (1 << 28) // 2
+
+
+def test_a_round_compiles_the_same_for_any_number_of_requests() -> None:
+    """Regression: with three heads in three layers standard deviations began at a multiple of 16
+    bytes or not, as many requests as there were: a second batch waited for a compiler."""
+    keys = []
+    for num_requests in (1, 2, 3, 4):
+        batch = _batch(make_plans(num_requests), torch.device("meta"))
+        scores = torch.empty(num_requests, 3, 3, 10 * BLOCK_SIZE, device="meta")
+        with recorded(statistics_triton, select_triton) as launches:
+            select_triton.select(scores, batch, BLOCK_SIZE, 3, "per_head")
+        keys.append([launch.key for launch in launches])
+    assert keys[1:] == keys[:-1]
+    assert len(keys[0]) == 3
 
 
 def test_an_operation_on_the_device_would_be_seen() -> None:

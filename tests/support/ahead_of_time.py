@@ -56,7 +56,7 @@ class Launch:
     @cached_property
     def source(self) -> ASTSource:
         """The kernel specialised for these arguments by Triton's rules: 1 becomes a constant,
-        multiples of 16 and pointers (allocations are 256-byte aligned) are known as such.
+        multiples of 16 are known as such, and pointers to them (allocations are 256-byte aligned).
         """
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
@@ -79,7 +79,7 @@ class Launch:
                 continue
             else:
                 signature[name] = "i32" if value < 2**31 else "i64"
-            if isinstance(value, torch.Tensor) or value % 16 == 0:
+            if _place(value) % 16 == 0:
                 divisible[idx,] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, divisible)
 
@@ -99,6 +99,13 @@ class Launch:
         if target.backend == "hip":
             return _of_amdgcn(program.asm["amdgcn"], program.metadata.shared)
         return _of_cubin(program.asm["cubin"], program.metadata.shared)
+
+
+def _place(value: torch.Tensor | int) -> int:
+    """Of a tensor, bytes from the start of its allocation."""
+    if isinstance(value, torch.Tensor):
+        return value.storage_offset() * value.element_size()
+    return value
 
 
 @dataclass

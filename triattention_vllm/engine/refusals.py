@@ -107,6 +107,14 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield f"keys of KV dtype {cache_dtype!r} cannot be read; allowed: {', '.join(KV_DTYPES)}"
     elif get_kv_quant_mode(cache_dtype).is_per_token_head and on_cpu:
         yield f"KV dtype {cache_dtype!r} is one of TRITON_ATTN's; on the CPU set fp8 or auto"
+    if (
+        settings.score_normalise == "none"
+        and get_kv_quant_mode(cache_dtype) == KVQuantMode.FP8_PER_TENSOR
+    ):
+        yield (
+            "score_normalise 'none' compares layers by the length of their keys, and the scales of "
+            "fp8 keys are not read; leave it at 'heads', or set --kv-cache-dtype auto"
+        )
     if settings.selection == "union" and parallel.world_size > 1:
         yield "selection 'union' needs all heads and layers on one rank; use per_head"
 

@@ -8,6 +8,9 @@ from triattention_kernels import PagedKV, RoundBatch, region_numbers, tokens_in_
 
 Part = Literal["keys", "values"]
 
+_SCRATCH_BYTES = 1 << 28
+"""What ``region_norms`` takes for its copies of a region, unless one layer alone takes more."""
+
 
 def region_tokens(kv: PagedKV, region: Tensor, of: Part) -> Tensor:
     """Keys or values of the blocks ``region`` int64 [S] of a cache of one layer, as
@@ -21,11 +24,15 @@ def region_tokens(kv: PagedKV, region: Tensor, of: Part) -> Tensor:
 def region_norms(kv: PagedKV, batch: RoundBatch, of: Part) -> Tensor:
     """Euclidean lengths over the head dims, [R, L, H_kv, S_max * block_size] float32.
 
-    One request's region of equally spaced layers is copied at a time. Padding blocks of shorter
-    requests are read as well.
+    One request's region of as many layers as fit into ``_SCRATCH_BYTES`` is copied at a time.
+    Padding blocks of shorter requests are read as well.
     """
+    num_tokens = batch.source_blocks.shape[1] * kv.block_size
+    # The copy and its squares, float32 both.
+    bytes_per_layer = 8 * num_tokens * kv.num_kv_heads * kv.head_dim
+    at_most = max(1, _SCRATCH_BYTES // bytes_per_layer)
     norms = []
-    for _, part in kv.evenly_spaced():
+    for _, part in kv.evenly_spaced(at_most):
         own = []
         for region in batch.source_blocks:
             tokens, scales = _picked(part, region, of)

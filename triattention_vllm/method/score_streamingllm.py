@@ -28,4 +28,6 @@ class StreamingLLMScorer(Scorer):
         num_requests, num_blocks = batch.source_blocks.shape
         num_tokens = num_blocks * kv.block_size
         places = torch.arange(num_tokens, dtype=torch.float32, device=kv.keys.device)
-        return places.expand(num_requests, kv.num_layers, kv.num_kv_heads, num_tokens)
+        # Written out: the kernels read scores as one contiguous tensor.
+        shape = (num_requests, kv.num_layers, kv.num_kv_heads, num_tokens)
+        return places.expand(shape).contiguous()
