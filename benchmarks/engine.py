@@ -159,10 +159,11 @@ def measure(sides: dict[str, SideProcess], size: Size, context: int, num_request
 
 
 def summary(slices: Sequence[Json]) -> Json:
-    """Times in milliseconds. Two views of what rounds cost: ``round_ms`` is score, select and
-    compact alone, timed inside the worker; ``extra_step_ms`` is what a step with rounds took above
-    the median step without (with many requests every step may have one, and this is left out),
-    everything included."""
+    """Times in milliseconds. ``tpot_ms`` is of all steps, which give each request a token,
+    ``step_ms`` of those without rounds, if there are any. Two views of what rounds cost:
+    ``round_ms`` is score, select and compact alone, timed inside the worker; ``extra_step_ms`` is
+    what a step with rounds took above the median step without (with many requests every step may
+    have one, and this is left out), everything included."""
     seconds = [s * 1e3 for part in slices for s in part["seconds"]]
     rounds = [[s * 1e3 for s in step] for part in slices for step in part["rounds"]]
     plain = [step for step, own in zip(seconds, rounds, strict=True) if not own]
@@ -170,6 +171,7 @@ def summary(slices: Sequence[Json]) -> Json:
     each_round = [cost for own in rounds for cost in own]
     figures: Json = {
         "step_ms": spread(plain or seconds),
+        "tpot_ms": {"p50": median(seconds), "p99": percentile(seconds, 99)},
         "most_blocks_held": max(blocks for part in slices for blocks in part["held"]),
         "steps": len(seconds),
         "steps_with_rounds": len(with_rounds),
@@ -184,9 +186,14 @@ def summary(slices: Sequence[Json]) -> Json:
 
 
 def spread(values: Sequence[float]) -> Json:
-    """Median, first and last tenth."""
-    tenths = quantiles(values, n=10) if len(values) > 1 else [*values, *values]
+    """Median, first and last tenth; none lies beyond the values."""
+    tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [*values, *values]
     return {"median": median(values), "p10": tenths[0], "p90": tenths[-1]}
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Between the two values that are nearest."""
+    return quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def compare(result: Json, pool_blocks: int) -> None:

@@ -37,6 +37,7 @@ class Side:
             torch.cpu._init_amx()
         if settings is not None:
             arguments = arguments | {"additional_config": {"kv_compression": settings}}
+        self.compresses = settings is not None
         self.engine = LLM(model, **arguments).llm_engine
         core = self.engine.engine_core.engine_core
         self.scheduler = core.scheduler
@@ -102,11 +103,16 @@ class Side:
             "threads": torch.get_num_threads(),
         }
 
-    def prefill(self, context: int, num_requests: int, answer_tokens: int) -> dict[str, Any]:
-        """Add requests of ``context`` random tokens and step until each has its first token."""
+    def prefill(
+        self, context: int, num_requests: int, answer_tokens: int, budget: int | None = None
+    ) -> dict[str, Any]:
+        """Add requests of ``context`` random tokens and step until each has its first token.
+
+        budget: of each request, where this engine compresses; None: that of its settings.
+        """
         assert not self.engine.has_unfinished_requests()
         start = time.perf_counter()
-        self.request_ids = [self.add(context, answer_tokens) for _ in range(num_requests)]
+        self.request_ids = [self.add(context, answer_tokens, budget) for _ in range(num_requests)]
         self.generated = {}
         most_held = 0
         while len(self.generated) < num_requests:
@@ -137,12 +143,17 @@ class Side:
         rounds = [[read() / size for read, size in own for _ in range(size)] for own in clocks]
         return {"seconds": seconds, "held": held, "rounds": rounds}
 
-    def add(self, num_prompt: int, num_answer: int) -> str:
-        """A request of random tokens whose answer has exactly that length."""
+    def add(self, num_prompt: int, num_answer: int, budget: int | None = None) -> str:
+        """A request of random tokens whose answer has exactly that length; see ``prefill``."""
         from vllm import SamplingParams
 
+        has_own = self.compresses and budget is not None
         params = SamplingParams(
-            max_tokens=num_answer, temperature=0.0, ignore_eos=True, detokenize=False
+            max_tokens=num_answer,
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"kv_budget": budget} if has_own else None,
         )
         prompt = torch.randint(0, 256, (num_prompt,), generator=self.generator).tolist()
         request_id = f"{num_prompt} tokens at {time.perf_counter()}"

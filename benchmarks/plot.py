@@ -26,7 +26,8 @@ def rates_of(reports: Sequence[Json]) -> Rates:
     for report in reports:
         for result in report["results"]:
             if "speedup" in result:
-                budget = report["case"]["sides"]["compressed"]["settings"]["budget"]
+                usual = report["case"]["sides"]["compressed"]["settings"]["budget"]
+                budget = result["budget"] or usual
                 load = f"{result['num_requests']} x {result['context']}"
                 sides = (result[name]["tokens_per_s"] for name in ("full", "compressed"))
                 found[load, budget] = tuple(sides)  # type: ignore[assignment]

@@ -20,10 +20,12 @@ CARD_SHARE, SHARED_CARD_SHARE = 0.9, 0.92
 
 @dataclass(frozen=True)
 class Load:
-    """So many requests of one context length, decoding."""
+    """So many requests of one context length, decoding. budget: of each of them where they are
+    compressed; None: the engine's."""
 
     context: int
     num_requests: int
+    budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Side:
     settings: Json | None = None
     arguments: Json = field(default_factory=dict)
     bits: float = 16
+
+    @property
+    def most_prompt(self) -> int | None:
+        """Tokens of the longest prompt with which a request of a backlog begins; None: any. Of a
+        longer one no more would stay in the cache."""
+        if self.settings is None:
+            return None
+        return int(self.settings["budget"] + 2 * self.settings["interval"])
 
     @property
     def mean_held(self) -> int | None:
@@ -95,11 +105,12 @@ def settings(budget: int, method: str = "triattention") -> Json:
     return {"method": method, "budget": budget, "interval": INTERVAL}
 
 
-# The last but one stays below the trigger of every budget: there compression must cost nothing.
+# One stays below the trigger of every budget: there compression must cost nothing.
 LOADS = (
-    *(Load(8192, 8), Load(8192, 1), Load(8192, 32)),
-    *(Load(256, 32), Load(32_768, 8), Load(32_768, 1)),
+    *(Load(8192, 32), Load(32_768, 8), Load(256, 32)),
+    *(Load(8192, 8), Load(8192, 1), Load(32_768, 1)),
 )
+OTHER_BUDGETS = (1024, 2048, 3072, 4096)
 PEERS = ("triattention", "streamingllm", "snapkv", "rkv", "knorm")
 
 
@@ -120,10 +131,11 @@ def all_cases(budget: int, num_layers: int | None = None) -> dict[str, Case]:
         "compressed": compressed,
         "compressed_fp8": half["compressed"],
     }
+    others = tuple(replace(LOADS[0], budget=own) for own in OTHER_BUDGETS if own != budget)
     queue = Case(both, backlog=Backlog(), max_num_seqs=256)
     short = replace(queue, card_gib=24, max_num_batched_tokens=2048, max_num_seqs=64)
     cases = {
-        "batches": Case(both, LOADS, together=True),
+        "batches": Case(both, LOADS + others, together=True),
         "fp8": Case(half, LOADS, together=True),
         "card24": short,
         "card80": replace(queue, card_gib=80),

@@ -11,10 +11,10 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from operator import mul
+from operator import mul, truediv
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,20 @@ from gpu.cases import (
     Backlog,
     Case,
     Load,
+    Side,
     Size,
     all_cases,
     size_for,
 )
 from gpu.report import conditions, write_json
-from gpu.sides import EAGER, WAYS, ended_after, line_of_start, start_sides
+from gpu.sides import EAGER, WAY_NAMES, ended_after, line_of_start, start_sides
 from tiny_model import write_tokenizer
 
 Json = dict[str, Any]
 Sides = dict[str, engines.SideProcess]
 SLICE_STEPS = 32
-LEAST_SERVED_S = 45.0
+# Of a backlog, for its first requests: their prompts are read, at the least.
+LEAST_FILL_S = 25.0
 
 
 class Report:
@@ -65,7 +67,7 @@ class Report:
         same = [
             result
             for result in self.found["results"]
-            if (result["context"], result["num_requests"]) == (load.context, load.num_requests)
+            if Load(result["context"], result["num_requests"], result["budget"]) == load
         ]
         if not same:
             self.found["results"].append(asdict(load))
@@ -75,6 +77,8 @@ class Report:
         if {"full", "compressed"} <= result.keys():
             rates = [result[name]["tokens_per_s"] for name in ("compressed", "full")]
             result["speedup"] = rates[0] / rates[1]
+            slices = [result[name]["slice_s"] for name in ("full", "compressed")]
+            result["slice_speedup"] = engines.spread(list(map(truediv, *slices)))
         self.write()
         return result
 
@@ -94,9 +98,10 @@ def measure(sides: Mapping[str, engines.SideProcess], num_steps: int, load: Load
             slices[name].append(sides[name].send({"call": "decode", "num_steps": SLICE_STEPS}))
     result: Json = {}
     for name, side in sides.items():
-        seconds = sum(sum(part["seconds"]) for part in slices[name])
+        slice_s = [sum(part["seconds"]) for part in slices[name]]
         result[name] = engines.summary(slices[name]) | {
-            "tokens_per_s": load.num_requests * num_steps / seconds,
+            "tokens_per_s": load.num_requests * num_steps / sum(slice_s),
+            "slice_s": slice_s,
             "prefill": prefills[name],
             "held_at_the_end": side.send({"call": "finish"})["held"],
         }
@@ -104,15 +109,22 @@ def measure(sides: Mapping[str, engines.SideProcess], num_steps: int, load: Load
 
 
 def measure_backlog(
-    side: engines.SideProcess, backlog: Backlog, mean_held: int | None, seconds: float
+    process: engines.SideProcess, backlog: Backlog, side: Side, fill_s: float, serve_s: float
 ) -> Json:
-    """Fill an engine, then serve for the backlog's time or a third of ``seconds``."""
-    sizes = {"total": backlog.total, "prompt": backlog.prompt, "num_waiting": backlog.num_waiting}
-    held = mean_held or (backlog.total + backlog.prompt) // 2
-    filled = side.send({"call": "fill", **sizes, "mean_held": held, "seconds": seconds / 2})
-    served = side.send({"call": "serve", "seconds": min(backlog.seconds, seconds / 3)})
-    ended = side.send({"call": "finish"})
-    return {"filled": filled} | summary_of(served) | {"held_at_the_end": ended["held"]}
+    """Fill an engine, for so long at most, then serve."""
+    fill = {
+        "total": backlog.total,
+        "prompt": backlog.prompt,
+        "most_prompt": side.most_prompt,
+        "num_waiting": backlog.num_waiting,
+        "mean_held": side.mean_held or (backlog.total + backlog.prompt) // 2,
+        "seconds": fill_s,
+    }
+    filled = process.send({"call": "fill", **fill})
+    served = process.send({"call": "serve", "seconds": serve_s})
+    ended = process.send({"call": "finish"})
+    found = {"filled": filled, "serve_s": serve_s} | summary_of(served)
+    return found | {"held_at_the_end": ended["held"]}
 
 
 def summary_of(served: Json) -> Json:
@@ -143,9 +155,19 @@ def summary_of(served: Json) -> Json:
 
 
 def run_case(
-    size: Size, folder: Path, report: Report, logs: Path, began: float, seconds: float
+    size: Size,
+    folder: Path,
+    report: Report,
+    logs: Path,
+    began: float,
+    seconds: float,
+    usual_ways: Sequence[str],
 ) -> None:
-    """Every side of a case; what fails leaves the others their results."""
+    """Every side of a case; what fails leaves the others their results. Sides with a backlog serve
+    equally long.
+
+    usual_ways: of starting them, in turn, unless the case knows better.
+    """
     case = size.case
     requests = {
         name: {
@@ -156,8 +178,9 @@ def run_case(
         for name, side in case.sides.items()
     }
     groups = [list(requests)] if case.together else [[name] for name in requests]
-    ways = [EAGER] if case.eager else list(WAYS)
+    ways = [EAGER] if case.eager else list(usual_ways)
     end = began + seconds
+    serve_s = min(case.backlog.seconds, seconds / len(case.sides) / 3) if case.backlog else 0.0
     for idx, names in enumerate(groups):
         left = end - time.monotonic()
         share = left / (len(groups) - idx)
@@ -174,11 +197,15 @@ def run_case(
             ways = [starts[-1]["way"]] if sides else ways
             print("\n".join(map(line_of_start, starts)), flush=True)
             # An engine that took long to start is measured all the same, if time is left at all.
-            until = max(until, min(end, time.monotonic() + LEAST_SERVED_S))
+            until = max(until, min(end, time.monotonic() + LEAST_FILL_S + serve_s))
             try:
                 for name, side in sides.items() if case.backlog else ():
-                    with ended_after(side, until - time.monotonic()):
-                        one_backlog(report, case, name, side, until - time.monotonic())
+                    fill_s = until - time.monotonic() - serve_s
+                    if fill_s < LEAST_FILL_S / 2:
+                        report.skip({"sides": [name]}, f"{fill_s:.0f} s are left to fill it")
+                        continue
+                    with ended_after(side, fill_s + serve_s + 10.0):
+                        one_backlog(report, case, name, side, fill_s, serve_s)
                 if case.loads and sides:
                     all_loads(report, size, sides, began, seconds)
             except (RuntimeError, BrokenPipeError) as error:
@@ -186,11 +213,16 @@ def run_case(
 
 
 def one_backlog(
-    report: Report, case: Case, name: str, side: engines.SideProcess, seconds: float
+    report: Report,
+    case: Case,
+    name: str,
+    process: engines.SideProcess,
+    fill_s: float,
+    serve_s: float,
 ) -> None:
     """A side's part of the report, and its line."""
     assert case.backlog is not None
-    found = measure_backlog(side, case.backlog, case.sides[name].mean_held, seconds)
+    found = measure_backlog(process, case.backlog, case.sides[name], fill_s, serve_s)
     report.found["backlogs"][name] = found
     report.write()
     print(
@@ -216,7 +248,13 @@ def all_loads(report: Report, size: Size, sides: Sides, began: float, seconds: f
 
 
 def run(
-    case: Case, output: Path, num_steps: int, seconds: float, commit: str | None, memory: int
+    case: Case,
+    output: Path,
+    num_steps: int,
+    seconds: float,
+    commit: str | None,
+    memory: int,
+    ways: Sequence[str],
 ) -> Json:
     """Start, measure every load that fits and begins within ``seconds``, write after each."""
     began = time.monotonic()
@@ -228,7 +266,7 @@ def run(
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(case.shape.config), encoding="utf-8")
         write_tokenizer(folder, 512)
-        run_case(size, folder, report, output.parent, began, seconds)
+        run_case(size, folder, report, output.parent, began, seconds, ways)
     return report.found
 
 
@@ -265,6 +303,7 @@ def skipped_reason(load: Load, size: Size, began: float, seconds: float) -> str 
 def line_of(result: Json, names: list[str]) -> str:
     """One load for the table."""
     line = f"context {result['context']:>6}, {result['num_requests']:>2} requests:"
+    line += f" budget {result['budget']}," if result["budget"] else ""
     for name in names:
         own = result[name]
         line += f" {name} {own['tokens_per_s']:.0f} tokens/s,"
@@ -294,6 +333,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--sides", nargs="+", help="of the case; default: all of them")
+    parser.add_argument("--ways", nargs="+", choices=WAY_NAMES, default=[*WAY_NAMES])
     parser.add_argument("--layers", type=int, help="fewer than the model's, for a smaller card")
     parser.add_argument("--intervals", type=int, default=3, help=f"of {INTERVAL} decode steps each")
     parser.add_argument("--seconds", type=float, default=200.0, help="nothing begins after these")
@@ -308,7 +348,8 @@ def main() -> None:
         parser.error("no GPU that torch can use")
     memory = torch.cuda.get_device_properties(0).total_memory
     steps = args.intervals * INTERVAL
-    report = run(case, args.output, steps, args.seconds, args.commit, memory)
+    ways = [WAY_NAMES[name] for name in args.ways]
+    report = run(case, args.output, steps, args.seconds, args.commit, memory, ways)
     raise SystemExit(exit_code(report["starts"], case))
 
 

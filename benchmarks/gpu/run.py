@@ -117,7 +117,7 @@ WRONG = {0: "passed", 1: "wrong results", 2: NOT_RUN}
 ENGINES = {0: "passed", 2: NOT_RUN, 3: "refused"}
 STAGES = (
     Stage("tests", tests_command, 3, None, {0: "passed"}),
-    Stage("dense", dense_command, 2, "dense.json", WRONG),
+    Stage("dense", dense_command, 2, "dense.json", WRONG | {4: "right, without CUDA graphs"}),
     Stage("kernels", kernels_command, 2, "kernels.json", WRONG),
     Stage("engine", case_command("batches"), 4, "batches.json", ENGINES),
 )
@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the engines' model; default: its own")
     parser.add_argument("--budget", type=int, default=2048, help="of the engines with compression")
     parser.add_argument("--sides", nargs="+", help="of the engines; default: all of the case")
+    parser.add_argument("--ways", nargs="+", help="to start engines in; default: all, in turn")
     parser.add_argument("--kernel-budgets", nargs="+", help="of the kernels; default: all of them")
     parser.add_argument("--commit", help="what is measured, where this is not a git clone")
     args = parser.parse_args()
@@ -293,9 +294,11 @@ def main() -> None:
     engines = ["--budget", str(args.budget), *commit]
     engines += ["--layers", str(args.layers)] if args.layers else []
     engines += ["--sides", *args.sides] if args.sides else []
+    ways = ["--ways", *args.ways] if args.ways else []
     budgets = ["--budgets", *args.kernel_budgets] if args.kernel_budgets else []
-    options = {"kernels": [*commit, *budgets], "dense": commit, "engine": engines}
-    options |= {stage.name: engines for stage in FURTHER_STAGES if stage.result}
+    options = {"kernels": [*commit, *budgets], "dense": [*commit, *ways]}
+    of_cases = ("engine", *(stage.name for stage in FURTHER_STAGES if stage.result))
+    options |= {name: [*engines, *ways] for name in of_cases}
     chosen = args.only or [stage.name for stage in STAGES]
     stages = tuple(stage for stage in every if stage.name in chosen)
     summary = run(stages, args.output, args.minutes, args.site, options)

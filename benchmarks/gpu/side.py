@@ -70,12 +70,20 @@ class GpuSide(Side):
         }
 
     def fill(
-        self, total: int, prompt: int, num_waiting: int, mean_held: int, seconds: float
+        self,
+        total: int,
+        prompt: int,
+        most_prompt: int | None,
+        num_waiting: int,
+        mean_held: int,
+        seconds: float,
     ) -> Json:
         """Begin as many requests as the pool holds when each of them holds ``mean_held`` tokens, at
         lengths spread evenly from ``prompt`` to ``total``, and put ``num_waiting`` behind them.
 
-        Ends when each of the first has a token, or after ``seconds``.
+        most_prompt: of the tokens that it has come to, a request begins with so many at most, and
+        answers what is left to ``total`` all the same. Ends when each of the first has a token, or
+        after ``seconds``.
         """
         pool_tokens = (self.pool.num_gpu_blocks - 1) * self.block_size
         most = self.engine.vllm_config.scheduler_config.max_num_seqs
@@ -84,16 +92,23 @@ class GpuSide(Side):
             prompt + (total - prompt) * (2 * i + 1) // (2 * num_first) for i in range(num_first)
         ]
         began = time.perf_counter()
-        self.request_ids, self.generated = [], {}
-        for context in spread:
-            self.request_ids.append(self.add(context, total - context))
+        prompts = [min(context, most_prompt or context) for context in spread]
+        self.generated = {}
+        self.request_ids = [
+            self.add(own, total - context) for own, context in zip(prompts, spread, strict=True)
+        ]
         first = set(self.request_ids)
         while not first <= self.generated.keys() and time.perf_counter() - began < seconds:
             self._step()
         for _ in range(num_waiting):
             self.request_ids.append(self.add(prompt, total - prompt))
         spent = time.perf_counter() - began
-        return {"first": num_first, "began": len(first & self.generated.keys()), "seconds": spent}
+        return {
+            "first": num_first,
+            "began": len(first & self.generated.keys()),
+            "longest_prompt": max(prompts),
+            "seconds": spent,
+        }
 
     def serve(self, seconds: float) -> Json:
         """Steps for so long; one list per figure with an entry per step.

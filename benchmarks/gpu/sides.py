@@ -28,6 +28,8 @@ WAYS: Mapping[str, Json] = {
     GRAPHS: {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     EAGER: {"enforce_eager": True},
 }
+WAY_NAMES = {"compiled": COMPILED, "graphs": GRAPHS, "eager": EAGER}
+"""As the command line has them."""
 # What a start is given at least. None was measured on a GPU yet: estimates with room.
 LEAST_START_S = {COMPILED: 150.0, GRAPHS: 100.0, EAGER: 60.0}
 
@@ -91,9 +93,9 @@ def line_of_start(start: Json) -> str:
 
 
 def start(stack: ExitStack, name: str, request: Json, way: str, logs: Path, seconds: float) -> Json:
-    """``{"status": "started", "side": ..., "engine": ...}``, ``refused`` with its reason, or
-    ``failed`` with the engine's last words. The process ends with ``stack``, or after ``seconds``
-    where it has not started by then.
+    """``{"status": "started", "side": ..., "engine": ...}``, ``refused`` with its reason,
+    ``no room`` where the KV cache cannot hold one request, or ``failed`` with the engine's last
+    words. The process ends with ``stack``, or after ``seconds`` where it has not started by then.
     """
     log = logs / f"engine-{name}.log"
     arguments = request["arguments"] | WAYS[way]
@@ -105,7 +107,8 @@ def start(stack: ExitStack, name: str, request: Json, way: str, logs: Path, seco
             engine = side.send(request | {"arguments": arguments})
     except (RuntimeError, BrokenPipeError) as error:
         own.close()
-        return {"status": "failed", "way": way, "reason": str(error), "log": last_lines(log)}
+        found = {"status": "failed", "way": way, "reason": str(error), "log": last_lines(log)}
+        return found | no_room(log)
     if "refused" in engine:
         own.close()
         return {"status": "refused", "way": way, "reason": engine["refused"]}
@@ -114,21 +117,34 @@ def start(stack: ExitStack, name: str, request: Json, way: str, logs: Path, seco
     return {"status": "started", "way": way, "start_s": spent, "engine": engine, "side": side}
 
 
-def start_limit(way: str, ways: Sequence[str], left: float, share: float) -> float | None:
+def no_room(log: Path) -> Json:
+    """What vLLM says, which it would say in every way, of a KV cache that holds no request."""
+    said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line for line in said if "cache is needed, which is larger than" in line]
+    return {"status": "no room", "reason": found[-1].strip()} if found else {}
+
+
+def start_limit(
+    way: str,
+    ways: Sequence[str],
+    left: float,
+    share: float,
+    least_s: Mapping[str, float] = LEAST_START_S,
+) -> float | None:
     """Seconds that a start in ``way`` may take: ``share``, or more where such a start needs more,
     with enough kept back for the last of ``ways``. None where what is ``left`` is too little for
     both; the last way has what is left.
     """
-    least = LEAST_START_S[way]
-    kept_back = 0.0 if way == ways[-1] else LEAST_START_S[ways[-1]]
+    least = least_s[way]
+    kept_back = 0.0 if way == ways[-1] else least_s[ways[-1]]
     if way != ways[-1] and left < least + kept_back:
         return None
     return max(min(left - kept_back, max(least, share)), 1.0)
 
 
-def too_late(way: str, left: float) -> Json:
+def too_late(way: str, left: float, least_s: Mapping[str, float] = LEAST_START_S) -> Json:
     """A start that is not begun."""
-    needed = f"such a start may take {LEAST_START_S[way]:.0f}, and the last way needs time too"
+    needed = f"such a start may take {least_s[way]:.0f}, and the last way needs time too"
     return {"status": "not begun", "way": way, "reason": f"{left:.0f} s were left; {needed}"}
 
 

@@ -34,9 +34,9 @@ class Times:
 
 
 def spread(seconds: Sequence[float]) -> Json:
-    """Median, first and last tenth in microseconds, and how many."""
+    """Median, first and last tenth in microseconds, none beyond what was found, and how many."""
     values = [1e6 * value for value in seconds]
-    tenths = quantiles(values, n=10) if len(values) > 1 else values
+    tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
     return {"median": median(values), "p10": tenths[0], "p90": tenths[-1], "count": len(values)}
 
 

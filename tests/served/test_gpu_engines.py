@@ -129,6 +129,9 @@ def test_all_sides_run_in_the_first_way_in_which_none_fails(
     )
     starts.ends = {("compressed", first): "refused"}
     assert starts_of(sides, names, ways, 900.0)[0] == ["full"]
+    starts.ends = {("full", first): "no room"}
+    running, made = starts_of(sides, names, ways, 900.0)
+    assert (running, len(made)) == (["compressed"], 2)
     starts.ends = {("full", way): "failed" for way in ways}
     running, made = starts_of(sides, names, ways, 900.0)
     assert running == ["compressed"]
@@ -186,7 +189,8 @@ def test_sides_one_after_another_run_in_the_way_of_the_first(
     report = decode.Report(tmp_path / "card.json", {})
     monkeypatch.setattr(decode, "ended_after", lambda side, seconds: nullcontext())
     monkeypatch.setattr(decode, "one_backlog", lambda *arguments: None)
-    decode.run_case(size, tmp_path, report, tmp_path, time.monotonic(), 900.0)
+    ways = list(sides.WAYS)
+    decode.run_case(size, tmp_path, report, tmp_path, time.monotonic(), 900.0, ways)
     made = [(start["name"], start["way"]) for start in report.found["starts"]]
     assert made == [
         ("full", sides.COMPILED),
@@ -227,21 +231,27 @@ def test_engines_decode_in_turns_and_serve_a_backlog(
         for name, own in (("full", None), ("compressed", settings))
     }
     backlog = cases.Backlog(total=900, prompt=64, num_waiting=8, seconds=2.0)
-    loads = (cases.Load(512, 2), cases.Load(32_768, 1))
+    loads = (cases.Load(512, 2), cases.Load(512, 2, 128), cases.Load(32_768, 1))
     shape = cases.Shape("tiny", 128, 512, 2, 4, 2, 32)
     case = cases.Case(both, loads, backlog, shape, together=True, eager=True, max_num_seqs=16)
     size = cases.Size(case, 64, pool_bytes=6 << 20)
     report = decode.Report(tmp_path / "engine.json", {})
     began = time.monotonic()
-    decode.run_case(size, tiny_folder, report, tmp_path, began, 900.0)
+    decode.run_case(size, tiny_folder, report, tmp_path, began, 900.0, [])
     found = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
     assert [started["status"] for started in found["starts"]] == ["started", "started"], found
     assert decode.exit_code(found["starts"], case) == 0
     assert found["starts"][0]["engine"]["worker"].endswith("CPUWorker")
-    (result,) = found["results"]
+    result, smaller = found["results"]
+    assert (result["budget"], smaller["budget"]) == (None, 128)
     assert result["compressed"]["rounds"] > 0
-    assert result["compressed"]["most_blocks_held"] < result["full"]["most_blocks_held"]
-    assert result["speedup"] > 0
+    held = [one["compressed"]["most_blocks_held"] for one in (smaller, result)]
+    assert held[0] < held[1] < result["full"]["most_blocks_held"]
+    assert len(result["full"]["slice_s"]) == 64 // decode.SLICE_STEPS
+    between = result["slice_speedup"]
+    assert 0 < between["p10"] <= result["speedup"] <= between["p90"]
+    tpot = result["compressed"]["tpot_ms"]
+    assert 0 < tpot["p50"] <= tpot["p99"]
     (skipped,) = found["skipped"]
     assert "full attention needs" in skipped["reason"]
     full, compressed = found["backlogs"]["full"], found["backlogs"]["compressed"]
@@ -252,6 +262,9 @@ def test_engines_decode_in_turns_and_serve_a_backlog(
         assert len(own["moments"]["rows"]) > 5
     assert compressed["most_running"] > full["filled"]["first"]
     assert compressed["filled"]["first"] > full["filled"]["first"]
+    assert full["filled"]["longest_prompt"] > 600
+    assert compressed["filled"]["longest_prompt"] == case.sides["compressed"].most_prompt == 320
+    assert compressed["serve_s"] == full["serve_s"] == backlog.seconds
     found |= {"conditions": {"device": "cpu", "commit": "abc"}, "case": asdict(case)}
     report = tmp_path / "card.json"
     report.write_text(json.dumps(found), encoding="utf-8")
@@ -289,20 +302,23 @@ def test_an_engine_is_held_against_the_float64_reference(
         found = torch.load(result, weights_only=False)
         return {"status": "passed", "way": way, "found": found}
 
-    def judged(folder: Path, full: Json, compressed: Json) -> list[Any]:
+    def judged(folder: Path, full: Json, compressed: Json, least_rounds: int) -> list[Any]:
         seen.update(full=full, compressed=compressed)
-        checks: list[Any] = judge(folder, full, compressed)
+        assert least_rounds == 1
+        checks: list[Any] = judge(folder, full, compressed, 1)
+        (few,) = (c for c in judge(folder, full, compressed, 2) if not c.passed)
+        assert few.name == "rounds"
         watched = {"waits": {"model_runner.py:1": 3}, "kernels": {"score_kernel": 2}}
         full, compressed = deepcopy(full) | watched, deepcopy(compressed) | watched
         compressed["waits"] = {"model_runner.py:1": 3, "rounds.py:5": 1}
         compressed["kernels"] = {"score_kernel": 2, "compact_kernel": 11}
         compressed["short"][0].token_ids[-1] += 1
         compressed["long"][0].logprobs[-1][7] = -99.0
-        wrong = {check.name for check in judge(folder, full, compressed) if not check.passed}
+        wrong = {check.name for check in judge(folder, full, compressed, 1) if not check.passed}
         assert wrong == {"below the trigger", "rounds", "waiting for the device", "kernels"}
         kept = compressed["long"][0].lives[0].kept[0][0]
         kept[0, 0, -1] = kept[0, 0, -2]
-        again = {check.name: check for check in judge(folder, full, compressed)}
+        again = {check.name: check for check in judge(folder, full, compressed, 1)}
         assert "each of them once" in again["rounds"].found
         return checks
 
@@ -317,6 +333,11 @@ def test_an_engine_is_held_against_the_float64_reference(
         "blocks",
     ]
     assert all(check["passed"] for check in report["checks"]), report["checks"]
+    assert dense.exit_code(report) == 4, "eager engines say nothing of CUDA graphs"
+    report["starts"][-1]["way"] = dense.GRAPHS
+    assert dense.exit_code(report) == 0
+    assert dense.exit_code(report | {"checks": [{"passed": False}]}) == 1
+    assert dense.exit_code(report | {"checks": []}) == 2
     assert seen["compressed"]["long"][0].num_rounds == 1
     written = json.loads((tmp_path / "dense.json").read_text(encoding="utf-8"))
     assert written["checks"] == report["checks"]
@@ -325,13 +346,19 @@ def test_an_engine_is_held_against_the_float64_reference(
 def test_a_refusal_and_a_broken_start_are_told_apart(
     sides: ModuleType, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """As on CUDA while there is no worker for it."""
+    """The first as on CUDA while there is no worker for it. A cache without room for a request is
+    neither, and would be in every way: regression, it was started in three."""
     request = {"model": str(tiny_folder), "arguments": TINY_ARGUMENTS}
     with ExitStack() as stack:
         refused = request | {"settings": {"budget": -1}}
         found = sides.start(stack, "compressed", refused, "eager", tmp_path, 300.0)
         assert found["status"] == "refused"
         assert "budget" in found["reason"]
+        small = {"kv_cache_memory_bytes": 1 << 16, "max_model_len": 4096}
+        no_room = request | {"arguments": TINY_ARGUMENTS | small, "settings": None}
+        found = sides.start(stack, "small", no_room, "eager", tmp_path, 300.0)
+        assert found["status"] == "no room"
+        assert "To serve at least one request" in found["reason"]
         broken = request | {"model": str(tmp_path / "gone"), "settings": None}
         found = sides.start(stack, "full", broken, "eager", tmp_path, 300.0)
         assert found["status"] == "failed"

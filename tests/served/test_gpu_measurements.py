@@ -105,6 +105,15 @@ def test_no_call_finds_in_the_cache_what_the_one_before_it_read(
     assert all(second == first + 1 for first, second in pairwise(visited))
 
 
+def test_a_tenth_of_few_values_lies_among_them(
+    gpu_script: Callable[[str], ModuleType],
+) -> None:
+    """Regression: of two rounds of 1 and 2 ms the first tenth took 0.3."""
+    timing, engine = gpu_script("timing"), gpu_script("decode").engines
+    for spread in (timing.spread([1e-6, 2e-6]), engine.spread([1.0, 2.0])):
+        assert (spread["p10"], spread["p90"]) == pytest.approx((1.1, 1.9))
+
+
 def test_a_side_that_is_too_slow_is_called_once_before_it_is_timed(
     gpu_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:

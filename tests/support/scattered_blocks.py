@@ -51,10 +51,11 @@ def scattered(content: Tensor, gap: int) -> list[Tensor]:
     """Copies of the layers: odd ones behind even ones in a storage of their own, both backwards."""
     layers: list[Tensor] = []
     layer_bytes = content[0].numel() * content.itemsize
-    storages = [torch.zeros(len(content) * (layer_bytes + gap), dtype=torch.uint8) for _ in "ab"]
+    size = len(content) * (layer_bytes + gap)
+    storages = [content.new_zeros(size, dtype=torch.uint8) for _ in "ab"]
     for idx, layer in enumerate(content):
         end = (len(content) - idx) * (layer_bytes + gap)
-        own = storages[idx % 2][end - layer_bytes : end].to(content.device)
+        own = storages[idx % 2][end - layer_bytes : end]
         layers.append(own.view(content.dtype).view(layer.shape))
         layers[-1].view(torch.uint8).copy_(layer.view(torch.uint8))
     return layers
