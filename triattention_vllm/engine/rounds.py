@@ -28,15 +28,12 @@ from triattention_vllm.method.scorer import Scorer
 from triattention_vllm.method.scorers import OBSERVING_SCORERS
 from triattention_vllm.method.statistics import Statistics
 
-MAX_BATCH_TOKENS = 1 << 16
-"""Tokens of the regions that one batch of launches takes on a GPU, counted as padded there:
-requests times the longest region. A longer region is a batch of its own.
-
-Scratch memory of a batch, in bytes a token: 4 L H of scores, 4 L H_kv of redundancy, at most
-4 L H_kv of ranking values and at most 16 L H_kv of kept indices. For 36 layers, 32 heads and 8 KV
-heads (Qwen3-8B) with ``per_head`` that is 0.4 GB, before the step's own activations need it. A
-single request whose blocks come back at other places also takes room for its own kept tokens, at
-most its budget.
+MAX_BATCH_BYTES = 3 << 27
+"""Scratch memory of one batch of launches on a GPU, 0.4 GB, before the step's own activations need
+it: vLLM's profile of memory does not see it. With Qwen3-8B's shape and ``per_head`` that is 68
+thousand tokens of regions, counted as padded there: requests times the longest region. A region
+that takes more is a batch of its own. A single request whose blocks come back at other places also
+takes room for its own kept tokens, at most its budget.
 """
 
 
@@ -50,6 +47,11 @@ class Rounds(ABC):
         self.kv = kv
         self.split = block_size // kv.block_size
         self.trace: SurvivorTrace | None = None
+
+    @property
+    @abstractmethod
+    def bytes_per_token(self) -> int:
+        """Scratch memory of a region's token."""
 
     @abstractmethod
     def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
@@ -65,7 +67,8 @@ class Rounds(ABC):
         """
         plans = [in_kernel_blocks(plan, self.split) for plan in plans]
         on_cpu = self.kv.keys.device.type == "cpu"
-        most_blocks = 0 if on_cpu else MAX_BATCH_TOKENS // self.kv.block_size
+        block_bytes = self.bytes_per_token * self.kv.block_size
+        most_blocks = 0 if on_cpu else MAX_BATCH_BYTES // block_bytes
         for batch in batches(plans, most_blocks):
             kept = self.run_batch(batch)
             if self.trace is not None:
@@ -166,6 +169,15 @@ class TargetRounds(Rounds):
             protected_values=settings.score_protect_values,
         )
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Scores and redundancy of every layer; ranking values, and kept indices twice, of every
+        layer that chooses for itself."""
+        num_layers, num_kv_heads = self.kv.num_layers, self.kv.num_kv_heads
+        num_scores = self.scorer.num_scores(num_kv_heads) + num_kv_heads
+        num_choosing = num_layers if self.selection == "per_layer_per_head" else 1
+        return 4 * num_layers * num_scores + (4 + 2 * 8) * num_choosing * num_kv_heads
+
     def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
         """Score, select and compact."""
         batch = _batch(plans, self.kv.keys.device)
@@ -197,6 +209,11 @@ class DraftRounds(Rounds):
     A draft only proposes: which of its own keys remain cannot change a token of the answer, only
     how many proposals are accepted. So it needs neither statistics nor heads like the target's.
     """
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Kept indices, twice."""
+        return 2 * 8
 
     def run_batch(self, plans: Sequence[RoundPlan]) -> torch.Tensor:
         """Compact what ``latest_tokens`` keeps."""

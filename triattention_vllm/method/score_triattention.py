@@ -71,6 +71,10 @@ class TriAttentionScorer(Scorer):
         self._row_of_layer = [distinct.index(row) for row in rows]
         self._offset_mean = mean_turn(self._inv_freq, offsets)
 
+    def num_scores(self, num_kv_heads: int) -> int:
+        """See ``Scorer.num_scores``; every query head scores."""
+        return self.centres.shape[1]
+
     def scores(
         self,
         kv: PagedKV,

@@ -35,6 +35,10 @@ class Scorer(ABC):
     num_queries: ClassVar[int] = 0
     accumulates: ClassVar[bool] = False
 
+    def num_scores(self, num_kv_heads: int) -> int:
+        """Of a token in a layer: one per KV head, unless query heads have their own."""
+        return num_kv_heads
+
     @abstractmethod
     def scores(
         self,
