@@ -141,14 +141,13 @@ class Training:
         for optimizer, rate in zip(self.optimizers, rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * plan.rate(self.step)
-        num_rows = plan.num_rows(batch.ids.shape[1], self.num_ranks)
+        length = batch.ids.shape[1]
+        num_rows = plan.num_rows(length, self.num_ranks)
         if len(batch.ids) == num_rows:
-            learned = batch
             losses, right = self._read(batch)
             _loss(losses, batch).backward()
         else:
-            learned, losses, right = self._find_doubtful(batch, num_rows)
-            _loss(self._read(learned)[0], learned).backward()
+            losses, right = self._learn_doubtful(batch, num_rows)
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
@@ -158,27 +157,32 @@ class Training:
             self.average.n_averaged.zero_()  # early, the average is of the last step alone
         self.average.update_parameters(self.model)
         self.step += 1
-        self.num_tokens += learned.ids.numel() * self.num_ranks
+        self.num_tokens += num_rows * length * self.num_ranks
         read = batch.rows(slice(len(losses)))
         return read, _loss(losses.detach(), read), right
 
-    @torch.no_grad()
-    def _find_doubtful(self, batch: Batch, num_rows: int) -> tuple[Batch, Tensor, Tensor]:
-        """Read until ``num_rows`` problems are found whose answers are likelier wrong than right.
-        Returns them, or the least likely ones where there are too few, and losses and predictions
-        of all that were read."""
-        losses, right = [], []
-        for start in range(0, len(batch.ids), num_rows):
-            read = self._read(batch.rows(slice(start, start + num_rows)))
-            losses.append(read[0])
-            right.append(read[1])
-            # Minus the log of the probability of all that a row answers.
-            surprise = torch.cat(losses).sum(dim=1)
-            if int((surprise >= DOUBTFUL).sum()) >= num_rows:
+    def _learn_doubtful(self, batch: Batch, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Read problem after problem until ``num_rows`` are found whose answers are likelier wrong
+        than right, and learn those, or the least likely ones where there are too few. Returns
+        losses and predictions of all that were read."""
+        losses, right, surprise = [], [], []
+        candidates: dict[int, Tensor] = {}
+        for row in range(len(batch.ids)):
+            problem = batch.rows(slice(row, row + 1))
+            of_labels, predicted = self._read(problem)
+            losses.append(of_labels.detach())
+            right.append(predicted)
+            # Minus the log of the probability of all that it answers. Doubtful ones are alike, else
+            # those with long answers would be all that is learned.
+            surprise.append(min(float(losses[-1].sum()), DOUBTFUL))
+            # What is learned is not read again: the graphs of the best ones so far are kept.
+            candidates[row] = _loss(of_labels, problem)
+            best = sorted(candidates, key=lambda known: -surprise[known])[:num_rows]
+            candidates = {known: candidates[known] for known in sorted(best)}
+            if len(best) == num_rows and surprise[best[-1]] == DOUBTFUL:
                 break
-        # Doubtful ones are alike, else those with long answers would be all that is learned.
-        order = surprise.clamp(max=DOUBTFUL).sort(descending=True, stable=True).indices
-        return batch.rows(order[:num_rows]), torch.cat(losses), torch.cat(right)
+        torch.stack(list(candidates.values())).mean().backward()
+        return torch.cat(losses), torch.cat(right)
 
     def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each label's loss, 0 where there is none, and which were predicted, both [B, T]."""
@@ -319,7 +323,7 @@ def train(
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     training = Training(plan, num_ranks, device)
     training.resume(folder)
-    # Each length, read or learned, is compiled for itself.
+    # Each length, alone and in a batch, is compiled for itself.
     torch._dynamo.config.recompile_limit = 16
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for layer in training.model.model.layers:

@@ -120,8 +120,8 @@ def test_bfloat16_is_left_to_processors_that_are_fast_at_it(
 def test_late_only_problems_with_doubtful_answers_are_learned(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Problems are read in turn, two at a time, until two are doubtful; where there are fewer, the
-    least likely are learned too. The step is that of a batch of those two."""
+    """Problems are read in turn until two are doubtful; where there are fewer, the least likely are
+    learned too. The step is that of a batch of those two."""
     short = replace(Plan(), tokens_per_step=((128, 256),), lengths=(128,), late_lengths=(128,))
     plan = replace(short, late_from=1)
     first, batch = Batches(plan, 0, 1)[0], Batches(plan, 0, 1)[1]
@@ -130,7 +130,7 @@ def test_late_only_problems_with_doubtful_answers_are_learned(
     for training in (one, other):
         training.train_step(first)
     _, chances = answered(one, batch)
-    # In the second pair there are two that are less likely than what the first pair has.
+    # The third and fourth are less likely than the first two.
     batch = batch.rows(chances.sum(1).argsort(descending=True)[[0, 5, 7, 6, 1, 2, 3, 4]])
     predicted, chances = answered(one, batch)
     surprise = -chances.sum(1)
@@ -141,7 +141,7 @@ def test_late_only_problems_with_doubtful_answers_are_learned(
     assert len(doubtful) == {0.0: 0, 0.1: 1, 0.4: 3, 1.0: 8}[share]
     others = [row for row in surprise.argsort(descending=True).tolist() if row not in doubtful]
     learned = (doubtful + others)[:2]
-    num_read = 2 * (doubtful[1] // 2 + 1) if len(doubtful) > 1 else 8
+    num_read = doubtful[1] + 1 if len(doubtful) > 1 else 8
     read, loss, right = one.train_step(batch)
     other.train_step(batch.rows(torch.tensor(learned)))
     assert one.num_tokens == other.num_tokens == 2 * 256
@@ -154,9 +154,9 @@ def test_late_only_problems_with_doubtful_answers_are_learned(
 
 def answered(training: Training, batch: Batch) -> tuple[Tensor, Tensor]:
     """The likeliest words and the log-probabilities of the right ones, 0 where none is learned,
-    both [B, T], of problems read in pairs, as a step reads them."""
+    both [B, T], of problems read one by one, as a step reads them."""
     with torch.no_grad():
-        logits = torch.cat([training.model(pair).float() for pair in batch.ids.split(2)])
+        logits = torch.cat([training.model(problem).float() for problem in batch.ids.split(1)])
     of_labels = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
     return logits.argmax(-1), of_labels.where(batch.labels != NOT_LEARNED, 0.0)
 
