@@ -96,8 +96,9 @@ class Settings:
     protect: Protect | int = _described(
         "prompt",
         Description(
-            "First tokens that are never evicted: the prompt while it is at most half of the "
-            "budget, the whole prompt on top of the budget, the sink tokens, or a number.",
+            "First tokens that are never evicted. prompt: the whole prompt if it is at most half "
+            "of the budget, else sink_tokens only; all_prompt: the whole prompt, on top of the "
+            "budget; sinks: sink_tokens; or a number.",
             (str, int),
             unit="tokens",
             choices=get_args(Protect),
@@ -118,7 +119,8 @@ class Settings:
         "repack",
         Description(
             "How survivors are moved: all in order, or only those behind the kept blocks, into "
-            "the holes of the evicted; the second moves far fewer bytes.",
+            "the holes of the evicted. The second moves far fewer bytes and loses the order, and "
+            "with it score_redundancy.",
             (str,),
             choices=get_args(Compaction),
         ),

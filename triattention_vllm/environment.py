@@ -48,8 +48,8 @@ def allows_untested_vllm(environ: Mapping[str, str]) -> bool:
 def _read_value(key: str, name: str, value: str) -> Value:
     """The value of setting ``key`` in variable ``name``, by the types that it allows."""
     description = descriptions()[key]
-    is_number = re.fullmatch(r"[+-]?\d+", value) is not None or str not in description.kinds
-    parsed = parse_int(name, value) if is_number and int in description.kinds else value
+    is_number = re.fullmatch(r"[+-]?\d+", value) is not None
+    parsed = int(value) if is_number and int in description.kinds else value
     description.refuse(name, parsed)
     return parsed
 

@@ -143,10 +143,12 @@ class Capacity:
         total = min(num_prompt_tokens + max_tokens, self.max_model_len)
         most = self.most_tokens(settings)
         if asked.off and total > most:
+            left = most - num_prompt_tokens
+            smaller = f"set max_tokens to at most {left}, or " if left > 0 else ""
             raise RequestError(
                 f'{METHOD_KEY} "{OFF}" keeps all tokens of the request, up to {total} '
                 f"({num_prompt_tokens} of the prompt and max_tokens), and allowed here are {most}; "
-                "set a smaller max_tokens, or leave it out.",
+                f"{smaller}leave {METHOD_KEY} out.",
                 METHOD_KEY,
             )
         policy = asked.policy(settings.policy(self.block_size))

@@ -29,8 +29,8 @@ NORM_TERM = Description(
     choices=get_args(NormTerm),
 )
 OFFSETS = Description(
-    "With method=triattention: distances of the next queries over which the score is a mean: "
-    "1, 2, 4, ... up to 65536, or up to max_model_len, or these.",
+    "With method=triattention: distances of the next queries over which the score is a mean. "
+    "geometric: 1, 2, 4, ... up to 65536; short: up to max_model_len; or a list such as 1,8,64.",
     (str,),
     choices=("geometric", "short"),
     pattern="[0-9]{1,7}(,[0-9]{1,7})*",
@@ -38,8 +38,8 @@ OFFSETS = Description(
 )
 USUAL_REDUNDANCY = 50
 REDUNDANCY = Description(
-    "How much less a candidate scores whose value later candidates have as well: percent of the "
-    "logarithm of how often; without one, 50 with method=triattention, compaction=repack and "
+    "What a candidate loses of its score whose value later candidates repeat: percent of the "
+    "logarithm of how often. Unset: 50 with method=triattention, compaction=repack and "
     "score_normalise=heads, else 0.",
     (int, NoneType),
     unit="percent",
@@ -52,7 +52,8 @@ PROTECT_VALUES = Description(
     maximum=100,
 )
 PRESET = Description(
-    "Settings under one name; others than its own contradict it.",
+    "Settings under one name. paper: as published (interval and window 128, protect=prompt, no "
+    "redundancy); any of its settings that is given otherwise is refused.",
     (str, NoneType),
     choices=get_args(Preset),
 )

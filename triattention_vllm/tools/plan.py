@@ -100,7 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="(1)")
     add("-pp", "--pipeline-parallel-size", type=int, default=1, metavar="N", help="(1)")
     add("--block-size", type=int, default=16, metavar="TOKENS", help="(16; CPU build: 128)")
-    add("--max-num-batched-tokens", type=int, default=2048, metavar="TOKENS", help="(2048)")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        default=2048,
+        metavar="TOKENS",
+        help="(2048, as vllm serve takes below 70 GiB)",
+    )
     add("--budget", type=int, default=2048, metavar="TOKENS", help="(2048)")
     add("--interval", type=int, default=128, metavar="TOKENS", help="(128)")
     add("--length", type=int, nargs="+", metavar="TOKENS", help="of requests (4096 and up)")

@@ -88,7 +88,9 @@ def read_recording(path: Path) -> list[Line]:
             raise RecordingError(f"{path}, line {idx + 1} is not JSON ({error})") from None
         lines.append(line)
     if not lines or not all(isinstance(line, dict) and "event" in line for line in lines):
-        raise RecordingError(f"{path} has no recorded rounds; allowed is a file of `trace`.")
+        raise RecordingError(
+            f"{path} has no recorded rounds; give a file that the setting `trace` wrote."
+        )
     return lines
 
 
@@ -109,7 +111,7 @@ def request_recording(lines: Sequence[Line], request: str | None = None) -> Requ
     counts = requests_of(lines)
     if not counts:
         raise RecordingError(
-            "no request of this recording had a round; longer answers or a smaller budget have."
+            "no request of this recording had a round; record longer answers, or set a smaller budget."
         )
     chosen = max(counts, key=lambda name: counts[name]) if request is None else request
     if chosen not in counts:
