@@ -125,8 +125,9 @@ def test_files_and_folders_are_their_owners_alone_whatever_the_umask(
     assert mode(kept) == 0o600
     assert {mode(path) for path in (folder, folder.parent)} == {0o700}
     metrics.close()
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    monkeypatch.delenv(METRICS_FOLDER, raising=False)
+    for name in ("PROMETHEUS_MULTIPROC_DIR", METRICS_FOLDER):
+        monkeypatch.setenv(name, "")  # remembered, so that what is set below is undone
+        monkeypatch.delenv(name)
     share_metrics_folder(log_stats=True)
     assert mode(Path(os.environ[METRICS_FOLDER])) == 0o700
 

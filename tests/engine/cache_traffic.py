@@ -27,6 +27,7 @@ class EventMirror:
             assert engine.llm.reset_prefix_cache()
             engine.generate([[1, 2, 3]], 1)
             self.read()
+        assert self.num_cleared, "no event arrived"
 
     def read(self, patience: float = 0.2) -> None:
         """Take in every event that has been sent."""

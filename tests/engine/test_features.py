@@ -92,6 +92,7 @@ def test_below_the_trigger_a_feature_answers_bit_for_bit_as_without_compression(
 ) -> None:
     plain, ours = run.seen["plain"], run.seen["ours"]
     assert ours["answers"][feature] == plain["answers"][feature]
+    assert ours["observed"][feature]
     for one, other in zip(ours["observed"][feature], plain["observed"][feature], strict=True):
         assert one.num_rounds == 0
         assert one.logprobs == other.logprobs
@@ -108,6 +109,7 @@ def test_beyond_the_trigger_a_feature_computes_what_the_dense_reference_does(
     feature: str, run: FeaturesRun
 ) -> None:
     requests = run.seen["long"]["observed"][feature]
+    assert requests
     run.check(feature, requests)
     # A beam is a new request of one token at each step, which ends before a round is due.
     assert all(request.num_rounds for request in requests) or feature == "beam"

@@ -57,7 +57,6 @@ def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Rep
     """Float32 rounding differs between families; rounds must add none."""
     first_round = request.boundaries[0] - request.num_prompt
     before = largest_error(request, result.logprobs, end=first_round)
-    assert before < 1e-3
     assert largest_error(request, result.logprobs) < 2 * max(before, 1e-5)
 
 
@@ -168,10 +167,11 @@ def mean_error(
     """Mean over positions of the largest difference there."""
     positions = list(enumerate(request.logprobs))[start:end]
     errors = [
-        max(abs(float(logprobs[request.num_prompt - 1 + i, t]) - v) for t, v in position.items())
+        [abs(float(logprobs[request.num_prompt - 1 + i, t]) - v) for t, v in position.items()]
         for i, position in positions
     ]
-    return sum(errors) / len(errors)
+    # Of tensors: NaN is the largest.
+    return float(torch.stack([torch.tensor(of_one).max() for of_one in errors]).mean())
 
 
 def hybrid_run(folder: Path, text: str, settings: dict[str, Any]) -> EngineRun:

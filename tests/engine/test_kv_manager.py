@@ -1,6 +1,7 @@
 """Rows, blocks and the pool: laws that hold after every step of any traffic."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from pool_world import IN_WORLD, PoolWorld
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from triattention_vllm.request import RequestSettings
 
 Asked = dict[str, object] | None
 ASKED: list[Asked] = [
@@ -306,10 +309,14 @@ def test_the_plan_of_a_request_that_the_same_step_preempts_is_dropped() -> None:
     world.check_invariants()
 
 
-def test_a_prompt_does_not_wait_for_the_room_that_its_own_hit_takes() -> None:
+@pytest.mark.parametrize(("num_groups", "num_blocks"), [(1, 25), (2, 41), (3, 57)])
+def test_a_prompt_does_not_wait_for_the_room_that_its_own_hit_takes(
+    num_groups: int, num_blocks: int
+) -> None:
     """Each prompt goes on where the last one ended and is computed in one step, so no round ever
-    frees anything and the hit grows until it fills a pool that is smaller than the prompt."""
-    world = PoolWorld(IN_WORLD, 4, 25, max_batched=8)
+    frees anything and the hit grows until it fills a pool that is smaller than the prompt.
+    Regression: with several groups, which all hold the hit, it waited for ever."""
+    world = PoolWorld(IN_WORLD, 4, num_blocks, max_batched=8, num_groups=num_groups)
     longest_hit = 0
     for length in range(9, 160, 4):
         world.add(f"turn {length}", prompt_of(0, length))
@@ -323,3 +330,45 @@ def test_a_prompt_does_not_wait_for_the_room_that_its_own_hit_takes() -> None:
         longest_hit = max(longest_hit, live.num_hits)
         world.finish(f"turn {length}")
     assert longest_hit >= IN_WORLD.budget
+
+
+def test_a_hit_of_blocks_that_others_hold_is_taken_whole() -> None:
+    """Regression: in a busy pool it was cut, so that requests with a common prompt each computed
+    most of it again, and filled the pool until rounds began."""
+    world = PoolWorld(replace(IN_WORLD, when="pressure"), 4, 64, max_batched=16)
+    world.add("first", prompt_of(0, 120), max_tokens=20)
+    while not world.live or world.live["first"].request.num_computed_tokens < 120:
+        world.step()
+    for name in ("second", "third"):
+        world.add(name, prompt_of(0, 120), max_tokens=20)
+        world.step()
+        world.check_invariants()
+        assert world.live[name].num_hits == 116
+    assert world.pool.get_num_free_blocks() > 25
+    assert world.plans == []
+
+
+def test_what_a_request_asks_for_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: it was parsed several times a step."""
+    parsed: list[object] = []
+    original = RequestSettings.from_extra_args
+
+    def counted(extra_args: Mapping[str, object]) -> RequestSettings:
+        parsed.append(extra_args)
+        return original(extra_args)
+
+    monkeypatch.setattr(RequestSettings, "from_extra_args", counted)
+    world = PoolWorld(IN_WORLD, 4, 64)
+    world.add("own", prompt_of(0, 40), extra_args={"kv_budget": 64})
+    at_arrival = len(parsed)
+    for _ in range(60):
+        world.step()
+    world.check_invariants()
+    assert world.live["own"].num_rounds > 2
+    assert len(parsed) == at_arrival + 1
+    params = world.requests["own"].sampling_params
+    assert params is not None
+    params.extra_args = {"kv_compression": "off"}
+    assert world.manager.policy_of("own") is None
+    world.finish("own")
+    assert world.manager._own_policies == {}

@@ -186,3 +186,26 @@ def test_a_request_that_is_not_scheduled_in_the_step_is_compressed_too() -> None
     assert "r0" in {plan.request_id for plan in world.plans}
     assert live.request.num_computed_tokens == computed
     assert world.num_preemptions == 0
+
+
+def test_a_session_that_waits_for_its_next_input_is_compressed_too() -> None:
+    """Regression: only running requests were. A session that held most of the pool could not be
+    preempted, and its next input found no room, for ever."""
+    world = world_of((340,), 101)
+    while not world.live or world.live["r0"].request.num_computed_tokens < 340:
+        world.step()
+    assert world.plans == []
+    world.park("r0")
+    assert world.step() == [], "it holds 86 blocks of 100, below the threshold"
+    world.add("beside", [10**6 + position for position in range(30)])
+    while not world.plans:
+        assert len(world.live) < 2
+        world.step()
+        world.check_invariants()
+    assert {plan.request_id for plan in world.plans} == {"r0"}
+    world.unpark("r0", list(range(80)))
+    for _ in range(10):
+        world.step()
+        world.check_invariants()
+    assert world.live["r0"].request.num_computed_tokens > 420
+    assert world.num_preemptions == 0

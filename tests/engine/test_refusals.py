@@ -14,6 +14,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 
 from triattention_vllm.config import Settings
+from triattention_vllm.engine import refusals
 from triattention_vllm.engine.cli import install
 from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS
 from triattention_vllm.engine.refusals import refuse_unsupported, refuse_unsupported_layers
@@ -150,8 +151,25 @@ def test_the_rust_frontend_is_refused(config: VllmConfig, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("dtype", ["int8_per_token_head", "fp8_per_token_head", "fp8", "fp8_e5m2"])
 def test_a_gpu_may_store_keys_in_eight_bits(dtype: str, config: VllmConfig) -> None:
+    """And not in four."""
     on_gpu = Changed(config, device_config=SimpleNamespace(device_type="cuda"))
     refuse_unsupported(with_cache(cache_dtype=dtype)(on_gpu), Settings())
+    with pytest.raises(UnsupportedError, match="'int4_per_token_head' cannot be read"):
+        refuse_unsupported(with_cache(cache_dtype="int4_per_token_head")(on_gpu), Settings())
+
+
+@pytest.mark.parametrize("grow", [True, False])
+def test_model_runner_v2_is_refused_where_a_step_can_write_too_few_rows(
+    grow: bool, config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "STAGED_WRITES_GROW", grow)
+    device = SimpleNamespace(device_type="cuda")
+    on_gpu = Changed(config, device_config=device, use_v2_model_runner=True)
+    if grow:
+        refuse_unsupported(on_gpu, Settings())
+        return
+    with pytest.raises(UnsupportedError, match="or install vLLM 0.30 or newer"):
+        refuse_unsupported(on_gpu, Settings())
 
 
 def test_union_over_ranks_that_hold_different_heads_is_refused(config: VllmConfig) -> None:

@@ -291,7 +291,7 @@ def test_rounds_of_every_size_run_the_same_code():
 def test_a_round_of_many_requests_is_at_most_six_launches(mode, fills_holes):
     kv = make_kv(MODELS["Qwen3-8B"])
     launches = round_launches(kv, make_batch(), 32, mode, fills_holes)
-    assert len(launches) == 6 if fills_holes else 5
+    assert len(launches) == (6 if fills_holes else 5)
     through_scratch = replace(make_batch(), moves_forward=False)
     assert len(round_launches(kv, through_scratch, 32, mode)) == 6
     assert len(shift_launches(256, 8192)) == 1

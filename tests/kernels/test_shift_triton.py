@@ -104,6 +104,8 @@ def test_no_rows_are_no_error():
             *(table[:0], lengths[:0], 16, table, lengths),
             implementation=implementation,
         )
+        assert not table.any(), "nothing is written"
+        assert not lengths.any()
 
 
 @pytest.mark.parametrize(

@@ -113,14 +113,11 @@ def test_scores_equal_the_formula_in_float64(method: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_more_tokens_than_one_chunk_score_alike(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kv, seen = small_cache(), observed(method)
-    whole = OBSERVING_SCORERS[method](SCALES).scores(kv, TWO_REQUESTS, BOUNDARIES, seen)
+def test_rkv_scores_more_tokens_than_one_chunk_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv, seen = small_cache(), observed("rkv")
+    whole = OBSERVING_SCORERS["rkv"](SCALES).scores(kv, TWO_REQUESTS, BOUNDARIES, seen)
     monkeypatch.setattr("triattention_vllm.method.score_rkv._CHUNK", 5)
-    parts = OBSERVING_SCORERS[method](SCALES).scores(kv, TWO_REQUESTS, BOUNDARIES, seen)
+    parts = OBSERVING_SCORERS["rkv"](SCALES).scores(kv, TWO_REQUESTS, BOUNDARIES, seen)
     torch.testing.assert_close(parts, whole)
 
 

@@ -42,19 +42,23 @@ class Judge:
 
     def check_one(self, request: Observed) -> int:
         """Raises AssertionError where the engine's log-probability is not the reference's, or a
-        round kept what is no best choice."""
-        return sum(self.compare(request, *answer) for answer in self.answers(request))
+        round kept what is no best choice, or where there is nothing to compare."""
+        compared = sum(self.compare(request, *answer) for answer in self.answers(request))
+        assert compared, f"{request.request_id} has no log-probabilities"
+        return compared
 
     def largest_error(self, request: Observed) -> float:
-        """Largest difference of a log-probability, for an engine that rounds more than float32.
+        """Largest difference of a log-probability, for an engine that rounds more than float32; NaN
+        where any is.
 
         Raises AssertionError where a round kept what is no best choice to ``tolerance``.
         """
-        return max(
+        errors = [
             abs(float(result.logprobs[position - 1, token]) - value)
             for logprobs, result, position in self.answers(request)
             for token, value in logprobs.items()
-        )
+        ]
+        return float(torch.tensor(errors).max())
 
     def answers(self, request: Observed) -> Iterator[tuple[dict[int, float], Replay, int]]:
         """The log-probabilities of each position, and the replay of the life that they are of."""
@@ -97,7 +101,7 @@ class Judge:
         self, request: Observed, logprobs: dict[int, float], result: Replay, position: int
     ) -> int:
         """One position of the engine against the reference."""
-        allowed = {token: value for token, value in logprobs.items() if value > -torch.inf}
+        allowed = {token: value for token, value in logprobs.items() if value != -torch.inf}
         exact = {token: float(result.logprobs[position - 1, token]) for token in allowed}
         shift = 0.0
         if self.masked:

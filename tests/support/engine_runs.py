@@ -107,7 +107,7 @@ def run_engine(
         extra_args,
     )
     environment = {} if plugin else {"VLLM_PLUGINS": ""}
-    run: EngineRun = run_fresh(_generate, job, environment=environment, timeout=600)
+    run: EngineRun = run_fresh(_generate, job, environment=environment, timeout=550)
     return run
 
 
@@ -119,12 +119,13 @@ def statistics_of(run: EngineRun) -> Statistics:
 
 def largest_error(request: RequestRun, logprobs: torch.Tensor, end: int | None = None) -> float:
     """Engine against reference, float64 [n, vocab]: over every log-probability that the engine
-    returned, or those of the first ``end`` output tokens."""
-    return max(
+    returned, or those of the first ``end`` output tokens; NaN where any is."""
+    errors = [
         abs(float(logprobs[request.num_prompt - 1 + i, token]) - value)
         for i, position in enumerate(request.logprobs[:end])
         for token, value in position.items()
-    )
+    ]
+    return float(torch.tensor(errors).max())
 
 
 def assert_pool_is_as_at_the_start(run: EngineRun) -> None:

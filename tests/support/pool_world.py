@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request, RequestStatus
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.kv_manager import RoundPlan, join_groups
+from triattention_vllm.engine.kv_manager import RoundPlan, join_groups, leave_room_beside_hits
 from triattention_vllm.engine.pressure import PoolPressure
 from triattention_vllm.engine.requests import keep_servable
 from triattention_vllm.engine.rounds import runs
@@ -114,6 +114,7 @@ class PoolWorld:
         self.settings = settings
         own_blocks = (num_blocks - 1) // len(specs)
         self.capacity = Capacity(own_blocks, block_size, max_model_len, depth * max_batched)
+        leave_room_beside_hits(self.kv.coordinator, self.managers, self.capacity)
         self.pressure = None
         if settings.pressure is not None:
             self.pressure = PoolPressure(
@@ -126,6 +127,7 @@ class PoolWorld:
         self.memory: dict[tuple[int, int], Token] = {}
         self.live: dict[str, Live] = {}
         self.waiting: list[Live] = []
+        self.parked: dict[str, Live] = {}
         self.num_preemptions = 0
         self.plans: list[RoundPlan] = []
 
@@ -154,11 +156,22 @@ class PoolWorld:
         self.kv.free(live.request)
         del self.requests[request_id]
 
+    def park(self, request_id: str) -> None:
+        """Let a session wait for its next input: it keeps its blocks and cannot be preempted."""
+        while self.live[request_id].in_flight:
+            self._commit(self.live[request_id])
+        self.parked[request_id] = self.live.pop(request_id)
+
+    def unpark(self, request_id: str, tokens: list[int]) -> None:
+        """The session's next input; it is scheduled with the requests that run."""
+        self.parked[request_id].request.append_output_token_ids(tokens)
+        self.live[request_id] = self.parked.pop(request_id)
+
     def step(self) -> list[RoundPlan]:
         """Schedule every request it can, run the rounds, then write the step's tokens."""
         self.settle()
         if self.pressure is not None:
-            self.pressure.relieve([live.request for live in self.live.values()])
+            self.pressure.relieve(self.requests)
         self.token_budget = self.max_batched
         scheduled: list[tuple[Live, int]] = []
         for live in list(self.live.values()):
@@ -268,7 +281,7 @@ class PoolWorld:
 
     def _run(self, plan: RoundPlan) -> None:
         """What a worker does, with an arbitrary selection: keep the region's last tokens."""
-        live = self.live[plan.request_id]
+        live = (self.live | self.parked)[plan.request_id]
         size = self.block_size
         region = [self.memory[block, slot] for block in plan.source_blocks for slot in range(size)]
         num_kept = len(plan.destination_blocks) * size

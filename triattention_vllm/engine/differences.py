@@ -31,6 +31,10 @@ TRANSFORMERS_LAYERS_ARE_IN_THE_TREE = LINE >= (0, 30)
 """Whether vLLM's Transformers backend puts its attention layers into the model's module tree, where
 the rotary module beside each is found; before, it kept them in a dictionary of its own."""
 
+STAGED_WRITES_GROW = LINE >= (0, 30)
+"""Whether model runner V2 takes more writes into its rows in a step than it has requests. Before, a
+step with a round for every request, each of which also gets a block, ended it."""
+
 JIT_MONITOR_CAN_WAIT = LINE >= (0, 31)
 """Whether the CUDA worker turns vLLM's monitor of kernel compilations on in a method of its own,
 which ours calls behind its own warm-up; before, that warm-up is reported (``--jit-monitor-mode

@@ -5,6 +5,7 @@ from itertools import chain
 
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as ModelRunnerV2
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -36,5 +37,8 @@ def draft_attention_groups(runner: ModelRunnerV1 | ModelRunnerV2) -> list[Attent
         speculator = runner.speculator
         has_layers = isinstance(speculator, DraftModelSpeculator)
         return list(chain(*speculator.attn_groups)) if has_layers else []
-    drafter = vars(runner).get("drafter")
+    # Only then a runner has a drafter.
+    if runner.speculative_config is None or not get_pp_group().is_last_rank:
+        return []
+    drafter = runner.drafter
     return drafter.draft_attn_groups if isinstance(drafter, SpecDecodeBaseProposer) else []

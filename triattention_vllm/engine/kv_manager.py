@@ -7,9 +7,10 @@ frees as many real ones and notes a plan; the workers carry it out before the sa
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.block_pool import BlockPool
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -19,7 +20,7 @@ from triattention_vllm.engine.differences import bound_admission, is_block_writa
 from triattention_vllm.errors import RoundError
 from triattention_vllm.log import log_once
 from triattention_vllm.method.policy import Policy, Round
-from triattention_vllm.request import RequestSettings
+from triattention_vllm.request import Capacity, RequestSettings
 
 if TYPE_CHECKING:
     from triattention_vllm.engine.spec import CompressedAttentionSpec
@@ -79,48 +80,22 @@ class CompressedKVCacheManager(FullAttentionManager):
         self.num_null_blocks: dict[str, int] = {}
         self.pending_plans: dict[tuple[str, int], RoundPlan] = {}
         self.num_deferred_rounds = 0
-
-    @classmethod
-    def find_longest_cache_hit(
-        cls,
-        block_hashes: Sequence[bytes],
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        block_pool: BlockPool,
-        kv_cache_spec: "CompressedAttentionSpec",
-        drop_eagle_block: bool,
-        alignment_tokens: int,
-        dcp_world_size: int = 1,
-        pcp_world_size: int = 1,
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """vLLM's hit, where it is so long that it may fill the pool only its beginning.
-
-        A request holds its whole hit until its first round, a step later. In a pool that is
-        smaller than its prompt it would wait for the room that its own hit takes, for ever.
-        """
-        most = kv_cache_spec.max_hit_tokens(block_pool.get_num_free_blocks())
-        return cast(
-            tuple[tuple[list[KVCacheBlock], ...], int],
-            super().find_longest_cache_hit(
-                block_hashes,
-                max_length if most is None else min(max_length, most),
-                kv_cache_group_ids,
-                block_pool,
-                kv_cache_spec,
-                drop_eagle_block,
-                alignment_tokens,
-                dcp_world_size,
-                pcp_world_size,
-            ),
-        )
+        self._own_policies: dict[str, tuple[Mapping[str, object], Policy | None]] = {}
 
     def policy_of(self, request_id: str) -> Policy | None:
-        """The rounds of a request by its own budget, or None where it is not compressed."""
+        """The rounds of a request by its own budget, or None where it is not compressed.
+
+        Read once of each ``extra_args``: vLLM asks several times a step, of every request.
+        """
         request = self.requests.get(request_id)
         params = None if request is None else request.sampling_params
         if params is None or not params.extra_args:
             return self.policy
-        return RequestSettings.from_extra_args(params.extra_args).policy(self.policy)
+        wishes, policy = self._own_policies.get(request_id, (None, None))
+        if wishes is not params.extra_args:
+            policy = RequestSettings.from_extra_args(params.extra_args).policy(self.policy)
+            self._own_policies[request_id] = params.extra_args, policy
+        return policy
 
     def get_num_blocks_to_allocate(self, request_id: str, *args: Any, **kwargs: Any) -> int:
         """vLLM's count, where a request is admitted by the bound of its own budget. What else
@@ -224,6 +199,7 @@ class CompressedKVCacheManager(FullAttentionManager):
         """
         self.pending_plans.pop((request_id, self.kv_cache_group_id), None)
         self.num_null_blocks.pop(request_id, None)
+        self._own_policies.pop(request_id, None)
         return [block for block in super().pop_blocks_for_free(request_id) if not block.is_null]
 
 
@@ -254,3 +230,47 @@ def join_groups(coordinator: KVCacheCoordinator) -> list[CompressedKVCacheManage
 
     coordinator.cache_blocks = cache_blocks
     return compressed
+
+
+def leave_room_beside_hits(
+    coordinator: KVCacheCoordinator,
+    managers: Sequence[CompressedKVCacheManager],
+    capacity: Capacity,
+) -> None:
+    """From now on, of a prefix-cache hit that would fill the pool only its beginning is taken.
+
+    A request holds its whole hit until its first round, a step later. In a pool that is smaller
+    than its prompt it would wait for the room that its own hit takes, for ever. So what a hit takes
+    of free blocks leaves room for the request's next chunk in all groups; blocks that other
+    requests hold cost nothing. What every request is promised, ``B + I``, it may always take, and
+    wait for.
+
+    managers: of the compressed groups. capacity: of each of them.
+    """
+    spec = managers[0].kv_cache_spec
+    promised = spec.max_blocks_per_request(spec.policy)
+    if promised is None:
+        return
+    find, pool = coordinator.find_longest_cache_hit, coordinator.block_pool
+    in_flight = cdiv(capacity.max_in_flight_tokens, capacity.block_size)
+
+    def find_longest_cache_hit(
+        block_hashes: Sequence[bytes], max_cache_hit_length: int
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
+        found = find(block_hashes, max_cache_hit_length)
+        num_used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        left = capacity.num_blocks - cdiv(num_used, len(managers))
+        most_free = max(promised, left) - in_flight
+        longest = capacity.block_size * min(
+            num_leading_blocks(found[0][manager.kv_cache_group_id], most_free)
+            for manager in managers
+        )
+        return found if found[1] <= longest else find(block_hashes, longest)
+
+    coordinator.find_longest_cache_hit = find_longest_cache_hit
+
+
+def num_leading_blocks(blocks: Sequence[KVCacheBlock], most_free: int) -> int:
+    """How many of a hit's blocks, from the first on, take at most ``most_free`` free ones."""
+    is_free = accumulate(block.ref_cnt == 0 for block in blocks)
+    return sum(num_free <= most_free for num_free in is_free)

@@ -1,11 +1,11 @@
-"""Rounds that wait for a full pool: decided before a step is scheduled, for running requests.
+"""Rounds that wait for a full pool: decided before a step is scheduled, where blocks are held.
 
 vLLM preempts inside ``schedule()`` when a running request finds no block. So what its running
 requests may take in the step counts as needed already, and a pool that is needed beyond the
 threshold gets its rounds first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
@@ -45,16 +45,22 @@ class PoolPressure:
         self.num_lookahead_tokens = num_lookahead_tokens
         self.is_on = False
 
-    def relieve(self, running: Sequence[Request]) -> None:
+    def relieve(self, requests: Mapping[str, Request]) -> None:
         """Start due rounds, longest cache first, until the pool is not needed beyond the
-        threshold; the others keep all their tokens."""
-        most = self._most_taken(len(running))
+        threshold; the others keep all their tokens.
+
+        requests: all of the engine, by id. Those that hold blocks run, or wait for the next input
+        of a session: vLLM cannot preempt such, and its next step may need their room.
+        """
+        rows = self.managers[0].req_to_blocks
+        most = self._most_taken(len(rows))
         if not self._is_on(most):
             self.is_on = False
             return
-        taken = min(most, sum(map(self._taken_by, running)))
+        holding = [requests[request_id] for request_id, row in rows.items() if row]
+        taken = min(most, sum(map(self._taken_by, holding)))
         self.is_on = self._is_on(taken)
-        for request in sorted(running, key=self._num_cached, reverse=True):
+        for request in sorted(holding, key=self._num_cached, reverse=True):
             if not self.is_on:
                 return
             for manager in self.managers:
@@ -69,12 +75,13 @@ class PoolPressure:
         num_held = num_blocks - self.block_pool.get_num_free_blocks()
         return self.thresholds.is_on(self.is_on, num_held + num_taken, num_blocks)
 
-    def _most_taken(self, num_running: int) -> int:
-        """Blocks that a step of ``num_running`` requests can take, without looking at them."""
+    def _most_taken(self, num_holding: int) -> int:
+        """Blocks that a step can take of which ``num_holding`` requests may be part, without
+        looking at them."""
         num_blocks = 0
         for manager in self.all_managers:
             ahead = cdiv(LOOK_AHEAD + self.num_lookahead_tokens, manager.block_size)
-            num_blocks += cdiv(self.max_new_tokens, manager.block_size) + num_running * (1 + ahead)
+            num_blocks += cdiv(self.max_new_tokens, manager.block_size) + num_holding * (1 + ahead)
         return num_blocks
 
     def _taken_by(self, request: Request) -> int:

@@ -1,6 +1,6 @@
 """What the worker processes of one engine tell each other at start-up."""
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from vllm.distributed.parallel_state import get_world_group
@@ -20,7 +20,7 @@ def gather_from_all_ranks(value: T) -> list[T]:
         return [value]
     gathered: list[T | None] = [None] * world.world_size
     torch.distributed.all_gather_object(gathered, value, group=world.cpu_group)
-    return [value for value in gathered if value is not None]
+    return cast(list[T], gathered)
 
 
 def from_first_rank(value: T) -> T:

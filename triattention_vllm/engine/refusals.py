@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS
+from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS, STAGED_WRITES_GROW
 from triattention_vllm.engine.drafts import SPECULATIVE_METHODS
 from triattention_vllm.engine.stored_kv import KV_DTYPES
 from triattention_vllm.errors import UnsupportedError
@@ -102,6 +102,11 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield "vLLM 0.30 fails on the CPU at its first draft; use another release for drafts"
     if vllm_config.use_v2_model_runner and on_cpu:
         yield "model runner V2 does not run on the CPU; leave VLLM_USE_V2_MODEL_RUNNER unset"
+    elif vllm_config.use_v2_model_runner and not STAGED_WRITES_GROW:
+        yield (
+            "model runner V2 has no room for a round's rows before vLLM 0.30; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0, or install vLLM 0.30 or newer"
+        )
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in KV_DTYPES:
         yield f"keys of KV dtype {cache_dtype!r} cannot be read; allowed: {', '.join(KV_DTYPES)}"

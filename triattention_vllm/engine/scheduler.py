@@ -19,6 +19,7 @@ from triattention_vllm.engine.kv_manager import (
     CompressedKVCacheManager,
     RoundPlan,
     join_groups,
+    leave_room_beside_hits,
 )
 from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.periodic_log import PeriodicLog
@@ -78,6 +79,8 @@ class CompressionScheduler(Scheduler):
         self.compressed_managers = join_groups(self.kv_cache_manager.coordinator)
         self.settings = self.compressed_managers[0].kv_cache_spec.settings
         self.capacity = group_capacity(self.vllm_config, self.kv_cache_config)
+        coordinator = self.kv_cache_manager.coordinator
+        leave_room_beside_hits(coordinator, self.compressed_managers, self.capacity)
         for manager in self.compressed_managers:
             manager.requests = self.requests
         self.pressure = pool_pressure(self)
@@ -96,7 +99,7 @@ class CompressionScheduler(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step, as vLLM schedules it, with the rounds that it started."""
         if self.pressure is not None:
-            self.pressure.relieve(self.running)
+            self.pressure.relieve(self.requests)
         output = with_rounds(super().schedule(throttle_prefills), self.compressed_managers)
         if self.step_counts is not None:
             self.step_counts.count(output, plans_of(output), self.running)

@@ -52,19 +52,6 @@ class CompressedAttentionSpec(FullAttentionSpec):
         max_tokens = policy.max_cached_tokens(self.max_in_flight_tokens)
         return None if max_tokens is None else cdiv(max_tokens, self.block_size)
 
-    def max_hit_tokens(self, num_free_blocks: int) -> int | None:
-        """Longest prefix-cache hit that leaves room for the request's next chunk, whole blocks;
-        None where the pool holds any prompt anyway.
-
-        What every request is promised to get, ``B + I``, always; beyond that at most half of the
-        free blocks together with the tokens in flight: other KV-cache groups share the pool.
-        """
-        promised = self.max_blocks_per_request(self.policy)
-        if promised is None:
-            return None
-        in_flight = cdiv(self.max_in_flight_tokens, self.block_size)
-        return max(promised - in_flight, num_free_blocks // 2 - in_flight) * self.block_size
-
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that one request of ``max_model_len`` needs; vLLM sizes the pool with it."""
         full = super().max_memory_usage_bytes(vllm_config)

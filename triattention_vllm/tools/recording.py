@@ -111,7 +111,7 @@ def request_recording(lines: Sequence[Line], request: str | None = None) -> Requ
     counts = requests_of(lines)
     if not counts:
         raise RecordingError(
-            "no request of this recording had a round; record longer answers, or set a smaller budget."
+            "no request in this recording had a round; record longer answers, or lower the budget."
         )
     chosen = max(counts, key=lambda name: counts[name]) if request is None else request
     if chosen not in counts:
