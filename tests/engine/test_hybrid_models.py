@@ -60,6 +60,7 @@ def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Rep
     assert largest_error(request, result.logprobs) < 2 * max(before, 1e-5)
 
 
+@pytest.mark.feature("Sliding-window layers", "works")
 @pytest.mark.parametrize(
     ("family", "groups", "settings"),
     [

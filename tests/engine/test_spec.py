@@ -58,7 +58,6 @@ def engine_config(max_model_len: int) -> Any:
     )
 
 
-@pytest.mark.feature("Sliding-window layers", "works")
 def test_sliding_window_layers_keep_vllms_own_spec_and_manager() -> None:
     """Regression: sliding-window groups were compacted through their null blocks."""
     specs: dict[str, KVCacheSpec] = {

@@ -1,7 +1,4 @@
-"""The demo's parts against the shared server, and its figures against small examples.
-
-Runs before ``test_serve.py``, whose last test ends the server.
-"""
+"""The demo's parts against the shared server, and its figures against small examples."""
 
 import argparse
 import io

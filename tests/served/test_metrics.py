@@ -1,7 +1,4 @@
-"""Real scrapes of real servers: one API server, and two in front of two engines.
-
-Runs before ``test_serve.py``, whose last test ends the shared server.
-"""
+"""Real scrapes of real servers: one API server, and two in front of two engines."""
 
 import importlib.util
 import json

@@ -1,6 +1,6 @@
 """What the scheduler counts after each step: rounds, blocks and tokens, for metrics and log."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -59,11 +59,12 @@ class StepCounts:
         num_preempted = len(output.preempted_req_ids or ())
         self.log.count(num_freed, num_preempted, num_logical, num_cached)
 
-    def count_end(self, finished: Iterable[str], running: Sequence[Request]) -> None:
-        """Count the end of a step, behind which an engine without requests schedules no other.
-        ``finished``: requests that ended; who was counted before is not counted again."""
-        self._count_tokens(running)
-        self._count_finished(finished)
+    def count_end(self, finished: Collection[str], running: Sequence[Request]) -> None:
+        """Count the end of a step in which requests ended: behind it an engine without requests
+        schedules no other. ``finished``: who was counted before is not counted again."""
+        if finished or not running:
+            self._count_tokens(running)
+            self._count_finished(finished)
 
     def close(self) -> None:
         """Take the gauges away and log what was not logged yet."""
