@@ -27,7 +27,7 @@ def rates_of(reports: Sequence[Json]) -> Rates:
         for result in report["results"]:
             if "speedup" in result:
                 usual = report["case"]["sides"]["compressed"]["settings"]["budget"]
-                budget = result["budget"] or usual
+                budget = result.get("budget") or usual
                 load = f"{result['num_requests']} x {result['context']}"
                 sides = (result[name]["tokens_per_s"] for name in ("full", "compressed"))
                 found[load, budget] = tuple(sides)  # type: ignore[assignment]

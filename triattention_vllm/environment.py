@@ -48,7 +48,7 @@ def allows_untested_vllm(environ: Mapping[str, str]) -> bool:
 def _read_value(key: str, name: str, value: str) -> Value:
     """The value of setting ``key`` in variable ``name``, by the types that it allows."""
     description = descriptions()[key]
-    is_number = re.fullmatch(r"[+-]?\d+", value) is not None
+    is_number = re.fullmatch(r"[+-]?\d+", value.strip()) is not None
     parsed = int(value) if is_number and int in description.kinds else value
     description.refuse(name, parsed)
     return parsed

@@ -3,8 +3,8 @@
     python benchmarks/gpu/dense.py --output FILE [--seconds 120] [--ways compiled graphs eager]
 
 A small dense model in two engines, one after the other, as in ``decode.py``: model runner V2, full
-CUDA graphs, async scheduling, prefix caching. Checks: the same tokens below the trigger; more than
-ten rounds of each request, whose survivors are the best by the reference's scores, and
+CUDA graphs, async scheduling, prefix caching. Checks: the same tokens below the trigger; ten rounds
+of each request or more, whose survivors are the best by the reference's scores, and
 log-probabilities that err no more than full attention's; no call that waits for the device beside
 those of full attention; at most six kernels a round.
 """

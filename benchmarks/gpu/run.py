@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one go of less than ten minutes.
+"""The main stages of what needs a GPU, in one go of less than ten minutes.
 
     python benchmarks/gpu/run.py [--output FOLDER] [--minutes 9.5] [--only STAGE...]
 

@@ -209,3 +209,24 @@ def test_a_session_that_waits_for_its_next_input_is_compressed_too() -> None:
         world.check_invariants()
     assert world.live["r0"].request.num_computed_tokens > 420
     assert world.num_preemptions == 0
+
+
+@pytest.mark.parametrize("when", ["always", "pressure"])
+def test_a_prompt_that_finds_no_room_beside_a_waiting_session_gets_it(when: str) -> None:
+    """Regression: the session, below the threshold, kept what nothing else could take, and the
+    prompt waited until the session's next input. Where rounds do not wait, a session that ended
+    its turn in the step of its prefix hit kept all of it."""
+    world = PoolWorld(replace(IN_WORLD, when=when), 4, 101, max_batched=16)
+    world.add("off", list(range(300)), extra_args={"kv_compression": "off"})
+    while not world.live or world.live["off"].request.num_computed_tokens < 300:
+        world.step()
+    world.park("off")
+    params = world.requests["off"].sampling_params
+    assert params is not None
+    params.extra_args = None
+    world.add("beside", [10**6 + position for position in range(150)])
+    for _ in range(20):
+        world.step()
+        world.check_invariants()
+    assert {plan.request_id for plan in world.plans} >= {"off"}
+    assert world.live["beside"].request.num_computed_tokens > 150

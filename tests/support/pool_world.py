@@ -24,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_manager import RoundPlan, join_groups, leave_room_beside_hits
-from triattention_vllm.engine.pressure import PoolPressure
+from triattention_vllm.engine.pressure import PoolPressure, is_stuck, start_rounds
 from triattention_vllm.engine.requests import keep_servable
 from triattention_vllm.engine.rounds import runs
 from triattention_vllm.engine.spec import CompressedAttentionSpec
@@ -128,6 +128,7 @@ class PoolWorld:
         self.live: dict[str, Live] = {}
         self.waiting: list[Live] = []
         self.parked: dict[str, Live] = {}
+        self.is_stuck = False
         self.num_preemptions = 0
         self.plans: list[RoundPlan] = []
 
@@ -160,18 +161,19 @@ class PoolWorld:
         """Let a session wait for its next input: it keeps its blocks and cannot be preempted."""
         while self.live[request_id].in_flight:
             self._commit(self.live[request_id])
+        self.live[request_id].request.status = RequestStatus.WAITING_FOR_STREAMING_REQ
         self.parked[request_id] = self.live.pop(request_id)
 
     def unpark(self, request_id: str, tokens: list[int]) -> None:
         """The session's next input; it is scheduled with the requests that run."""
         self.parked[request_id].request.append_output_token_ids(tokens)
+        self.parked[request_id].request.status = RequestStatus.RUNNING
         self.live[request_id] = self.parked.pop(request_id)
 
     def step(self) -> list[RoundPlan]:
         """Schedule every request it can, run the rounds, then write the step's tokens."""
         self.settle()
-        if self.pressure is not None:
-            self.pressure.relieve(self.requests)
+        start_rounds(self.managers, self.pressure, self.requests, len(self.live), self.is_stuck)
         self.token_budget = self.max_batched
         scheduled: list[tuple[Live, int]] = []
         for live in list(self.live.values()):
@@ -179,6 +181,7 @@ class PoolWorld:
                 self._schedule_running(live, scheduled)
         while self.waiting and self._admit(self.waiting[0], scheduled):
             self.waiting.pop(0)
+        self.is_stuck = is_stuck(len(scheduled), len(self.live), self.requests)
         plans = self.manager.take_plans()
         self.plans += plans
         # Raises where no order of launches would read everything before it is overwritten.

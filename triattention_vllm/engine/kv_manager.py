@@ -241,9 +241,9 @@ def leave_room_beside_hits(
 
     A request holds its whole hit until its first round, a step later. In a pool that is smaller
     than its prompt it would wait for the room that its own hit takes, for ever. So what a hit takes
-    of free blocks leaves room for the request's next chunk in all groups; blocks that other
-    requests hold cost nothing. What every request is promised, ``B + I``, it may always take, and
-    wait for.
+    of free blocks leaves room in all groups for the request's next chunk, for a copy of the block
+    in which it may end, and for a block of every request beside it. Blocks that other requests
+    hold cost nothing. What every request is promised, ``B + I``, it may always take, and wait for.
 
     managers: of the compressed groups. capacity: of each of them.
     """
@@ -253,14 +253,16 @@ def leave_room_beside_hits(
         return
     find, pool = coordinator.find_longest_cache_hit, coordinator.block_pool
     in_flight = cdiv(capacity.max_in_flight_tokens, capacity.block_size)
+    num_copies = cdiv(len(coordinator.single_type_managers), len(managers))
 
     def find_longest_cache_hit(
         block_hashes: Sequence[bytes], max_cache_hit_length: int
     ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
         found = find(block_hashes, max_cache_hit_length)
         num_used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        left = capacity.num_blocks - cdiv(num_used, len(managers))
-        most_free = max(promised, left) - in_flight
+        num_beside = len(managers[0].req_to_blocks)
+        left = capacity.num_blocks - cdiv(num_used, len(managers)) - num_beside
+        most_free = max(promised, left) - in_flight - num_copies
         longest = capacity.block_size * min(
             num_leading_blocks(found[0][manager.kv_cache_group_id], most_free)
             for manager in managers

@@ -1,4 +1,4 @@
-"""Rounds that wait for a full pool: decided before a step is scheduled, where blocks are held.
+"""Rounds that are decided before a step is scheduled: of a full pool, and of parked sessions.
 
 vLLM preempts inside ``schedule()`` when a running request finds no block. So what its running
 requests may take in the step counts as needed already, and a pool that is needed beyond the
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager
 from triattention_vllm.method.pressure import Pressure
@@ -45,28 +45,23 @@ class PoolPressure:
         self.num_lookahead_tokens = num_lookahead_tokens
         self.is_on = False
 
-    def relieve(self, requests: Mapping[str, Request]) -> None:
+    def relieve(self, requests: Mapping[str, Request], is_stuck: bool) -> None:
         """Start due rounds, longest cache first, until the pool is not needed beyond the
-        threshold; the others keep all their tokens.
-
-        requests: all of the engine, by id. Those that hold blocks run, or wait for the next input
-        of a session: vLLM cannot preempt such, and its next step may need their room.
-        """
-        rows = self.managers[0].req_to_blocks
-        most = self._most_taken(len(rows))
+        threshold; the others keep all their tokens. See ``start_rounds``."""
+        if is_stuck:
+            for request in holding(self.managers, requests):
+                start_due_rounds(self.managers, request)
+        most = self._most_taken(len(self.managers[0].req_to_blocks))
         if not self._is_on(most):
             self.is_on = False
             return
-        holding = [requests[request_id] for request_id, row in rows.items() if row]
-        taken = min(most, sum(map(self._taken_by, holding)))
+        own = holding(self.managers, requests)
+        taken = min(most, sum(map(self._taken_by, own)))
         self.is_on = self._is_on(taken)
-        for request in sorted(holding, key=self._num_cached, reverse=True):
+        for request in sorted(own, key=self._num_cached, reverse=True):
             if not self.is_on:
                 return
-            for manager in self.managers:
-                manager.start_due_round(
-                    request.request_id, num_committed(request), request.num_prompt_tokens
-                )
+            start_due_rounds(self.managers, request)
             self.is_on = self._is_on(taken)
 
     def _is_on(self, num_taken: int) -> bool:
@@ -99,6 +94,51 @@ class PoolPressure:
         manager = self.managers[0]
         num_null = manager.num_null_blocks.get(request.request_id, 0)
         return int(request.num_computed_tokens) - num_null * manager.block_size
+
+
+def start_rounds(
+    managers: Sequence[CompressedKVCacheManager],
+    pressure: PoolPressure | None,
+    requests: Mapping[str, Request],
+    num_running: int,
+    is_stuck: bool,
+) -> None:
+    """The rounds of a step that ``allocate_slots`` does not start: under pressure, and of requests
+    that hold blocks and are not scheduled. Such wait for the next input of a session: vLLM cannot
+    preempt them, and others may need their room.
+
+    requests: all of the engine, by id. is_stuck: see ``is_stuck``.
+    """
+    if pressure is not None:
+        pressure.relieve(requests, is_stuck)
+    elif len(managers[0].req_to_blocks) > num_running:
+        for request in holding(managers, requests):
+            if request.status != RequestStatus.RUNNING:
+                start_due_rounds(managers, request)
+
+
+def is_stuck(num_scheduled: int, num_running: int, requests: Mapping[str, Request]) -> bool:
+    """Whether a step ran nothing though something waits to run: it found no room beside requests
+    that hold blocks and do not run, and never will unless these are compressed."""
+    waits = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+    return not (num_scheduled or num_running) and any(
+        request.status in waits for request in requests.values()
+    )
+
+
+def holding(
+    managers: Sequence[CompressedKVCacheManager], requests: Mapping[str, Request]
+) -> list[Request]:
+    """The requests that hold blocks."""
+    return [requests[request_id] for request_id, row in managers[0].req_to_blocks.items() if row]
+
+
+def start_due_rounds(managers: Sequence[CompressedKVCacheManager], request: Request) -> None:
+    """The request's round in every group, where one is due."""
+    for manager in managers:
+        manager.start_due_round(
+            request.request_id, num_committed(request), request.num_prompt_tokens
+        )
 
 
 def num_committed(request: Request) -> int:
