@@ -43,9 +43,17 @@ class Results:
                     )
 
     def has(self, how: Json, task: str, length: int, num_problems: int) -> bool:
-        """Whether this was measured before, with as many problems or more."""
+        """Whether this was measured before, with as many problems or more. Ends the program where
+        it was measured under the same name with other settings."""
         asked = _key({**how, "task": task, "length": length})
-        return any(_key(row) == asked and row["num_problems"] >= num_problems for row in self.rows)
+        known = [row for row in self.rows if _key(row) == asked]
+        for row in known:
+            if row["settings"] != how["settings"]:
+                raise SystemExit(
+                    f"{self._path} has {how['method']} {how['variant']!r} with {row['settings']}, "
+                    f"and this run has {how['settings']}; give the variant another name."
+                )
+        return any(row["num_problems"] >= num_problems for row in known)
 
     def add(self, rows: list[Json]) -> None:
         """Keep rows, in the place of those with fewer problems, sorted, and write the file."""

@@ -12,7 +12,7 @@ KEPT = {"settings": {"protect": "all_prompt"}, "asynchronous": False}
 
 
 def row(method: str, budget: int | None, num_problems: int = 40, task: str = "dfs") -> Any:
-    how = {"method": method, "budget": budget, "variant": ""}
+    how = {"method": method, "budget": budget, "variant": "", "settings": {}}
     return {**how, "task": task, "length": 64, "num_problems": num_problems}
 
 
@@ -30,6 +30,14 @@ def test_what_is_in_the_file_is_not_measured_again(tmp_path: Path) -> None:
         assert not again.has(other, "dfs", 64, 40)
     assert not again.has(row("random", 32), "add", 64, 40)
     assert not again.has(row("random", 32), "dfs", 128, 40)
+
+
+def test_a_variant_of_the_same_name_with_other_settings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    Results(path, KEPT).add([row("random", 32)])
+    other = {**row("random", 32), "settings": {"window": 8}}
+    with pytest.raises(SystemExit, match="give the variant another name"):
+        Results(path, KEPT).has(other, "dfs", 64, 40)
 
 
 def test_a_later_run_adds_rows_in_their_order_and_says_which_are_its_own(tmp_path: Path) -> None:

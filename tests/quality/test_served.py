@@ -102,6 +102,8 @@ def test_a_stand_in_for_aime24_is_asked_graded_and_not_asked_again(
         assert request["path"] == "/v1/chat/completions"
         assert (request["temperature"], request["top_p"]) == (0.6, 0.95)
         assert request["max_tokens"] == 32768
+        assert "Question:" not in request["stop"], "a model that thinks may say it"
+        assert len(request["messages"]) == 1, "no worked examples"
     assert {request["seed"] for request in asked} == {0, 1}
     assert [ask("aime24", QUESTIONS, idx) for idx in range(2)] == found
     (tmp_path / "aime24-0.json").unlink()  # as if interrupted before it was graded
