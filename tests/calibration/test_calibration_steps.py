@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker.gpu import buffer_utils
 from vllm.v1.worker.gpu.sample.states import SamplingStates
 
-from triattention_vllm.engine import calibration
+from triattention_vllm.engine import calibration, ranks
 from triattention_vllm.engine.calibration import merge_shards
 from triattention_vllm.engine.calibration_run import longest_segment, run_segment, split_evenly
 from triattention_vllm.errors import SeamError, StatisticsError
@@ -276,6 +276,21 @@ def test_the_token_that_begins_a_text_begins_every_segment(
     tokens, first = calibration._tokens(SimpleNamespace(skip_tokenizer_init=False), "", "t")
     assert first == [0]
     assert tokens == list(range(1, 300))
+
+
+def test_all_ranks_run_the_same_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: every rank tokenised the text and counted its own pool, and where one failed or
+    came to other segments the others waited for it in a step, for ever."""
+    monkeypatch.setattr(ranks, "is_first_rank", lambda: False)
+    monkeypatch.setattr(ranks, "from_first_rank", lambda value: [(list(range(1000)), [7])])
+    monkeypatch.setattr(ranks, "gather_from_all_ranks", lambda value: [value, 300])
+    segments = calibration._segments(engine_config(), pool(1000, 16), "text", "notes.txt")
+    assert [segment[0] for segment in segments] == [7] * 4
+    assert max(map(len, segments)) <= 300
+    too_small = StatisticsError("the pool of another rank")
+    monkeypatch.setattr(ranks, "gather_from_all_ranks", lambda value: [value, too_small])
+    with pytest.raises(StatisticsError, match="the pool of another rank"):
+        calibration._segments(engine_config(), pool(1000, 16), "text", "notes.txt")
 
 
 def test_own_fingerprint_of_a_rank_names_its_layers_and_heads() -> None:

@@ -160,6 +160,15 @@ def test_a_class_of_the_users_own_is_refused(
         arguments(model, ON, **changes).create_engine_config()
 
 
+@pytest.mark.parametrize("settings", [{"budget": 512}, {}])
+def test_settings_without_a_method_do_not_turn_compression_on(
+    settings: dict[str, object], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: vLLM ran without it, and what reads the configuration behind took it for on."""
+    monkeypatch.setenv("TRIATTENTION_ENABLE", "0")
+    assert settings_of(arguments(model, settings).create_engine_config()) is None
+
+
 def test_an_untested_vllm_is_refused_only_when_compression_is_on(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

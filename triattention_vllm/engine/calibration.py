@@ -29,7 +29,7 @@ from triattention_vllm.engine.calibration_run import (
     run_segment,
     split_evenly,
 )
-from triattention_vllm.engine.ranks import gather_from_all_ranks, is_first_rank
+from triattention_vllm.engine.ranks import is_first_rank, of_all_ranks, on_first_rank
 from triattention_vllm.errors import SeamError, StatisticsError, TriAttentionError
 from triattention_vllm.method.rope import Rotary
 from triattention_vllm.method.statistics import Fingerprint, Statistics, StatisticsAccumulator
@@ -65,9 +65,7 @@ def calibrate(
     room, or queries are NaN; SeamError where a layer was not seen.
     """
     vllm_config = worker.vllm_config
-    tokens, first = _tokens(vllm_config.model_config, text, text_name)
-    longest = longest_segment(vllm_config, kv_cache_config)
-    segments = split_evenly(tokens, first, longest)
+    segments = _segments(vllm_config, kv_cache_config, text, text_name)
     layers = vllm_config.compilation_config.static_forward_context
     recorder = _QueryRecorder(layers, layer_names, rotary)
     hidden = not (is_first_rank() and sys.stderr.isatty())
@@ -91,12 +89,21 @@ def _shards_or_failure(
         own = first_head, recorder.finish(fingerprint, text_name)
     else:
         own = recorder.failure
-    shards = []
-    for shard in gather_from_all_ranks(own):
-        if isinstance(shard, TriAttentionError):
-            raise shard
-        shards.append(shard)
-    return shards
+    return of_all_ranks(own)
+
+
+def _segments(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, text: str, text_name: str
+) -> list[list[int]]:
+    """The prompts of the steps, equal on every rank: all wait for one another in each of them. One
+    rank reads the tokenizer, and the smallest pool says how long they are."""
+    tokens, first = on_first_rank(lambda: _tokens(vllm_config.model_config, text, text_name))
+    longest: int | StatisticsError
+    try:
+        longest = longest_segment(vllm_config, kv_cache_config)
+    except StatisticsError as error:
+        longest = error
+    return split_evenly(tokens, first, min(of_all_ranks(longest)))
 
 
 def _tokens(model_config: ModelConfig, text: str, text_name: str) -> tuple[list[int], list[int]]:

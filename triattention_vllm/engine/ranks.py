@@ -1,9 +1,12 @@
 """What the worker processes of one engine tell each other at start-up."""
 
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
 from vllm.distributed.parallel_state import get_world_group
+
+from triattention_vllm.errors import StatisticsError, TriAttentionError
 
 T = TypeVar("T")
 
@@ -30,3 +33,27 @@ def from_first_rank(value: T) -> T:
         return value
     received: T = world.broadcast_object(value, src=0)
     return received
+
+
+def on_first_rank(read: Callable[[], T]) -> T:
+    """What ``read`` returns on global rank 0, on every rank; its StatisticsError likewise."""
+    outcome: list[T] | StatisticsError = []
+    if is_first_rank():
+        try:
+            outcome = [read()]
+        except StatisticsError as error:
+            outcome = error
+    outcome = from_first_rank(outcome)
+    if isinstance(outcome, StatisticsError):
+        raise outcome
+    return outcome[0]
+
+
+def of_all_ranks(own: T | TriAttentionError) -> list[T]:
+    """``own`` of every rank, in rank order, on every rank; an error of one is raised on all."""
+    values: list[T] = []
+    for value in gather_from_all_ranks(own):
+        if isinstance(value, TriAttentionError):
+            raise value
+        values.append(value)
+    return values

@@ -37,8 +37,8 @@ def refuse_unsupported_layers(layers: Mapping[str, nn.Module]) -> None:
     """
     if not layers:
         raise UnsupportedError(
-            "KV compression works on full-attention layers and this model has none; "
-            "start it without --kv-compression"
+            "KV compression works on full-attention layers and this model has none, or none on one "
+            "of its pipeline stages; start it without --kv-compression, or with fewer stages"
         )
     _raise_all(
         f"layer {name}: {reason}"

@@ -11,4 +11,5 @@ def settings_of(vllm_config: VllmConfig) -> Settings | None:
     if not isinstance(additional, dict) or ADDITIONAL_CONFIG_KEY not in additional:
         return None
     mapping = additional[ADDITIONAL_CONFIG_KEY]
-    return None if mapping.get("method") == OFF else Settings.from_mapping(mapping)
+    # Without a method it is the user's own, and compression was not turned on.
+    return None if mapping.get("method", OFF) == OFF else Settings.from_mapping(mapping)

@@ -1,8 +1,8 @@
 """Where a running model's statistics come from: a file, the cache folder, or a calibration now."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import nn
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -11,15 +11,13 @@ from triattention_vllm.config import Settings
 from triattention_vllm.engine import cache_folder
 from triattention_vllm.engine.calibration import CalibratedWorker, calibrate
 from triattention_vllm.engine.fingerprint import model_fingerprint
-from triattention_vllm.engine.ranks import from_first_rank, is_first_rank
+from triattention_vllm.engine.ranks import is_first_rank, on_first_rank
 from triattention_vllm.engine.rotary import read_rotary
 from triattention_vllm.errors import StatisticsError
 from triattention_vllm.log import logger
 from triattention_vllm.method.rope import Rotary
 from triattention_vllm.method.statistics import Fingerprint, Statistics, import_published
 from triattention_vllm.texts import shipped_text
-
-T = TypeVar("T")
 
 
 class ModelWorker(CalibratedWorker, Protocol):
@@ -53,7 +51,7 @@ class StatisticsSource:
         self.fingerprint = model_fingerprint(
             worker.vllm_config, model, self._layer_names, self.rotary
         )
-        found = _on_first_rank(lambda: find_statistics(settings, self.fingerprint))
+        found = on_first_rank(lambda: find_statistics(settings, self.fingerprint))
         self._statistics: Statistics | None = None
         self.description = "not made yet"
         if found is not None:
@@ -74,7 +72,7 @@ class StatisticsSource:
         Called after warm-up, when the KV cache is allocated and no request is scheduled.
         """
         if self._statistics is None:
-            text, name = _on_first_rank(lambda: calibration_text(self._settings))
+            text, name = on_first_rank(lambda: calibration_text(self._settings))
             if is_first_rank():
                 logger.info("Making statistics of this model from %s, once.", name)
             made = calibrate(
@@ -86,7 +84,7 @@ class StatisticsSource:
                 text,
                 name,
             )
-            path = _on_first_rank(lambda: str(cache_folder.keep(made)))
+            path = on_first_rank(lambda: str(cache_folder.keep(made)))
             self.description = f"made from {name}, kept in {path}"
             self._statistics = made
         return self._statistics
@@ -133,17 +131,3 @@ def calibration_text(settings: Settings) -> tuple[str, str]:
 
 def _named(text: str, name: str) -> tuple[str, str]:
     return text, f"{name} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
-
-
-def _on_first_rank(read: Callable[[], T]) -> T:
-    """What ``read`` returns on global rank 0, on every rank; its StatisticsError likewise."""
-    outcome: list[T] | StatisticsError = []
-    if is_first_rank():
-        try:
-            outcome = [read()]
-        except StatisticsError as error:
-            outcome = error
-    outcome = from_first_rank(outcome)
-    if isinstance(outcome, StatisticsError):
-        raise outcome
-    return outcome[0]
