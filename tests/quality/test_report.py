@@ -1,6 +1,7 @@
 """The page about quality shows what the result files say."""
 
 import json
+from pathlib import Path
 
 import pytest
 from quality.page import PAGE, RESULTS, TABLES, result_file, result_rows, with_table
@@ -18,10 +19,13 @@ def test_the_tables_of_the_page_are_those_of_the_result_files(name: str) -> None
     assert with_table(page, name, summary(result_rows(name))) == page
 
 
-def test_the_table_of_the_earlier_model_is_that_of_its_file() -> None:
-    found = json.loads((RESULTS / "earlier_model.json").read_text(encoding="utf-8"))
-    page = PAGE.read_text(encoding="utf-8")
-    assert with_table(page, "earlier_model", summary(found["results"])) == page
+@pytest.mark.parametrize(
+    ("name", "page"), [("earlier_model", PAGE), ("trained_again", PAGE.with_name("training.md"))]
+)
+def test_the_table_of_another_model_is_that_of_its_file(name: str, page: Path) -> None:
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    assert with_table(text, name, summary(found["results"])) == text
     assert weights_hash(MODEL) not in {run["weights"] for run in found["runs"]}
 
 
