@@ -216,11 +216,13 @@ def test_a_prompt_that_finds_no_room_beside_a_waiting_session_gets_it(when: str)
     """Regression: the session, below the threshold, kept what nothing else could take, and the
     prompt waited until the session's next input. Where rounds do not wait, a session that ended
     its turn in the step of its prefix hit kept all of it."""
-    world = PoolWorld(replace(IN_WORLD, when=when), 4, 101, max_batched=16)
-    world.add("off", list(range(300)), extra_args={"kv_compression": "off"})
+    settings = replace(IN_WORLD, when=when, max_request_budget=400)
+    world = PoolWorld(settings, 4, 101, max_batched=16)
+    world.add("off", list(range(300)), max_tokens=20, extra_args={"kv_compression": "off"})
     while not world.live or world.live["off"].request.num_computed_tokens < 300:
         world.step()
     world.park("off")
+    assert world.plans == []
     params = world.requests["off"].sampling_params
     assert params is not None
     params.extra_args = None

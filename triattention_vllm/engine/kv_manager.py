@@ -263,6 +263,8 @@ def leave_room_beside_hits(
         num_beside = len(managers[0].req_to_blocks)
         left = capacity.num_blocks - cdiv(num_used, len(managers)) - num_beside
         most_free = max(promised, left) - in_flight - num_copies
+        if found[1] <= most_free * capacity.block_size:
+            return found  # nearly always, and nothing is counted
         longest = capacity.block_size * min(
             num_leading_blocks(found[0][manager.kv_cache_group_id], most_free)
             for manager in managers
