@@ -5,14 +5,17 @@
 
 Needs ``pip install "lm_eval[api,ruler]" transformers``: tasks, graders and the progress bar. Every
 sample of every task is a file in FOLDER; one that is there is not asked for again, and an
-interrupted one goes on from the answers it has. Prints the mean over samples beside the paper's
-figures. RULER's tasks (``niah_...``, ``ruler_vt``, ...) are made in ``--lengths``, counted by the
-model's tokenizer. Given with ``--data`` are the public depth-first state queries
-(``dfs_state_query``) and LiveCodeBench's problems (``livecodebench``), whose programs are written
-to FOLDER/livecodebench.json for LiveCodeBench's own evaluator, which runs and grades them.
+interrupted one goes on from the answers it has. A folder holds the answers of one server to
+questions asked in one way: FOLDER/asked.json says which, and what differs is refused. Prints the
+mean over samples beside the paper's figures. RULER's tasks (``niah_...``, ``ruler_vt``, ...) are
+made in ``--lengths``, counted by the model's tokenizer. Given with ``--data`` are the public
+depth-first state queries (``dfs_state_query``) and LiveCodeBench's problems (``livecodebench``),
+whose programs are written to FOLDER/livecodebench.json for LiveCodeBench's own evaluator, which
+runs and grades them.
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +28,8 @@ Json = dict[str, Any]
 OWN_TASKS = Path(__file__).parent / "lm_eval_tasks"
 GIVEN = ("dfs_state_query", "livecodebench")
 """Tasks whose data are given with ``--data``."""
+ASKED = ("base_url", "model", "limit", "lengths", "max_tokens", "temperature", "top_p")
+"""What all answers of a folder have in common."""
 CODE = "livecodebench"
 TASKS = ("aime24", "aime25", "minerva_math500", "gpqa_diamond_cot_zeroshot")
 PUBLISHED = {
@@ -40,6 +45,30 @@ PUBLISHED = {
     "1024",
 }
 """By task and lm-eval's metric, at budgets in tokens (arXiv 2604.04921)."""
+
+
+def check_folder(arguments: argparse.Namespace) -> None:
+    """Note in the folder of whom and how is asked.
+
+    Raises SystemExit where the answers that it has were asked for otherwise."""
+    asked = {name: vars(arguments)[name] for name in ASKED}
+    if arguments.tokenizer is not None:
+        asked["tokenizer"] = arguments.tokenizer
+    for task, file in arguments.data:
+        asked[f"data of {task}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    path = arguments.output / "asked.json"
+    before: Json = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    differing = [
+        f"{name} was {before[name]!r} and is {value!r}"
+        for name, value in asked.items()
+        if before.get(name, value) != value
+    ]
+    if differing:
+        raise SystemExit(
+            f"{arguments.output} has answers that were asked for otherwise: "
+            f"{'; '.join(differing)}. Give another --output, or ask as before."
+        )
+    path.write_text(json.dumps(before | asked, indent=1) + "\n", encoding="utf-8")
 
 
 def sample(arguments: argparse.Namespace, task: str, idx: int) -> Json:
@@ -154,6 +183,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _task_file(text: str) -> tuple[str, str]:
     task, _, file = text.partition("=")
+    if not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} names no file; give TASK=FILE")
     return task, file
 
 
@@ -161,6 +192,7 @@ def main() -> None:
     """Ask, grade, report."""
     arguments = parse()
     arguments.output.mkdir(parents=True, exist_ok=True)
+    check_folder(arguments)
     figures = {
         task: [sample(arguments, task, idx) for idx in range(arguments.samples)]
         for task in arguments.tasks

@@ -4,6 +4,7 @@
 """
 
 import gc
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vllm import SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from triattention_vllm.errors import TriAttentionError
+from triattention_vllm.log import logger
 
 
 class Starts:
@@ -25,8 +27,11 @@ class Starts:
         self.model, self.cache = model, cache
         self.seen: dict[str, dict[str, Any]] = {}
 
-    def start(self, name: str, num_tokens: int = 0, **settings: Any) -> None:
-        """One start; ``num_tokens`` are generated, so that rounds run."""
+    def start(
+        self, name: str, num_tokens: int = 0, reload: tuple[Path, ...] = (), **settings: Any
+    ) -> None:
+        """One start; ``num_tokens`` are generated, so that rounds run, or the weights of these
+        folders are loaded in place, one after the other."""
         seen: dict[str, Any] = {"error": "", "source": ""}
         llm = None
         try:
@@ -41,6 +46,7 @@ class Starts:
             seen["source"] = llm.collective_rpc(_source)[0]
             if num_tokens:
                 seen |= _generated(llm, num_tokens)
+            seen["reloads"] = [_warnings_of_reload(llm, folder) for folder in reload]
         except TriAttentionError as error:
             seen["error"] = f"{type(error).__name__}: {error}"
         del llm
@@ -60,6 +66,16 @@ class Starts:
 def _source(wrapper: Any) -> str:
     source = wrapper.worker.statistics_source
     return "none" if source is None else str(source.description)
+
+
+def _warnings_of_reload(llm: Any, folder: Path) -> list[str]:
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    logger.removeHandler(handler)
+    return records
 
 
 def _generated(llm: Any, num_tokens: int) -> dict[str, Any]:
@@ -82,7 +98,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     with full_disk(3000):
         starts.start("full disk", **own)
     starts.start("first", **own)
-    starts.start("again", **own)
+    starts.start("again", reload=(model, Path(job["other_weights"]).parent), **own)
     starts.start("another text", **other)
     (kept,) = cache.iterdir()
     whole = kept.read_bytes()

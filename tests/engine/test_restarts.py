@@ -45,6 +45,13 @@ def test_the_next_start_reads_what_the_first_one_made(seen: dict[str, Any]) -> N
     assert seen["again"]["files"] == {name: content}
 
 
+def test_weights_replaced_while_running_are_told_from_the_same_ones(seen: dict[str, Any]) -> None:
+    same, others = seen["again"]["reloads"]
+    assert same == []
+    (warning,) = others
+    assert "the weights have been replaced" in warning
+
+
 def test_another_calibration_text_makes_the_statistics_anew(seen: dict[str, Any]) -> None:
     changed = seen["another text"]
     assert changed["source"].startswith("made from other.txt (sha256 ")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from quality import served
 from quality.lm_eval_tasks import dfs_state_query, livecodebench
-from quality.served import parse, sample, table
+from quality.served import check_folder, parse, sample, table
 
 QUESTIONS = [{"ID": str(n), "Problem": f"What is {n} + 1?", "Answer": n + 1} for n in range(4)]
 
@@ -171,6 +171,35 @@ def test_a_task_that_lacks_something_is_refused_before_anything_is_asked(
     with pytest.raises(SystemExit):
         parse([*words, "--tasks", task])
     assert missing in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "said"),
+    [
+        (["--limit", "4"], "limit was None and is 4"),
+        (["--base-url", "http://127.0.0.1:2"], "base_url was 'http://127.0.0.1:1' and is"),
+        (["--max-tokens", "64"], "max_tokens was 32768 and is 64"),
+        (["--tokenizer", "other"], "tokenizer was 'one' and is 'other'"),
+        (["--data", "dfs_state_query={other}"], "data of dfs_state_query was"),
+    ],
+)
+def test_a_folder_takes_no_answers_that_are_asked_for_otherwise(
+    tmp_path: Path, otherwise: list[str], said: str
+) -> None:
+    """Regression: those of a shorter list of questions, or of the server without compression, were
+    taken for the ones asked for."""
+    data, other = tmp_path / "data.json", tmp_path / "other.json"
+    data.write_text("[]", encoding="utf-8")
+    other.write_text("[{}]", encoding="utf-8")
+    base = ["--base-url", "http://127.0.0.1:1", "--model", "one", "--output", str(tmp_path)]
+    plain = [*base, "--tasks", "aime24"]
+    check_folder(parse(plain))
+    grown = [*base, "--samples", "9", "--tokenizer", "one", "--data", f"dfs_state_query={data}"]
+    check_folder(parse(grown))
+    check_folder(parse([*plain, "--concurrent", "1"]))
+    with pytest.raises(SystemExit, match=f"{said}.*Give another --output"):
+        check_folder(parse([*plain, *(word.format(other=other) for word in otherwise)]))
+    check_folder(parse(grown))
 
 
 def test_an_answer_without_a_state_is_wrong_in_every_part() -> None:

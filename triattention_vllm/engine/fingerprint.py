@@ -34,8 +34,8 @@ def model_fingerprint(
     """
     num_heads, num_kv_heads, head_dim = _geometry(vllm_config, model, layer_names)
     indices = [extract_layer_index(name) for name in layer_names]
-    weights_hash = _weights_hash(vllm_config, model) if is_first_rank() else None
-    parts = gather_from_all_ranks((indices, rotary, weights_hash))
+    own_hash = weights_hash(vllm_config, model) if is_first_rank() else None
+    parts = gather_from_all_ranks((indices, rotary, own_hash))
     layer_indices, whole = _whole_rotary([(indices, rotary) for indices, rotary, _ in parts])
     return Fingerprint(
         architecture=vllm_config.model_config.architecture,
@@ -48,6 +48,23 @@ def model_fingerprint(
         inv_freq_hash=whole.inv_freq_hash(),
         weights_hash=parts[0][2],
     )
+
+
+def weights_hash(vllm_config: VllmConfig, model: nn.Module) -> str | None:
+    """SHA-256 over some weights of rank 0, rounded to bfloat16; None if none of them is there.
+
+    Embedding rows and norm weights only: every tensor- and pipeline-parallel layout has them
+    whole on rank 0, quantised checkpoints keep them, and no platform packs them, while
+    projections are split, quantised or (on CPU) packed.
+    """
+    digest = hashlib.sha256()
+    hidden_size = vllm_config.model_config.get_hidden_size()
+    num_hashed = 0
+    for tensor in (*_embedding_rows(model), *_norm_weights(model, hidden_size)):
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.view(torch.int16).numpy().tobytes())
+        num_hashed += 1
+    return digest.hexdigest() if num_hashed else None
 
 
 def _whole_rotary(parts: Sequence[tuple[list[int], Rotary]]) -> tuple[tuple[int, ...], Rotary]:
@@ -102,23 +119,6 @@ def _layer_geometry(
             return num_heads, int(child.total_num_kv_heads), int(attention.head_size)
     total = vllm_config.model_config.get_total_num_kv_heads()
     return num_heads, total, int(attention.head_size)
-
-
-def _weights_hash(vllm_config: VllmConfig, model: nn.Module) -> str | None:
-    """SHA-256 over some weights of rank 0, rounded to bfloat16; None if none of them is there.
-
-    Embedding rows and norm weights only: every tensor- and pipeline-parallel layout has them
-    whole on rank 0, quantised checkpoints keep them, and no platform packs them, while
-    projections are split, quantised or (on CPU) packed.
-    """
-    digest = hashlib.sha256()
-    hidden_size = vllm_config.model_config.get_hidden_size()
-    num_hashed = 0
-    for tensor in (*_embedding_rows(model), *_norm_weights(model, hidden_size)):
-        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(rounded.view(torch.int16).numpy().tobytes())
-        num_hashed += 1
-    return digest.hexdigest() if num_hashed else None
 
 
 def _embedding_rows(model: nn.Module) -> Iterator[Tensor]:

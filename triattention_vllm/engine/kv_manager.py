@@ -52,6 +52,11 @@ class RoundPlan:
         return len(self.source_blocks) - len(self.destination_blocks)
 
     @property
+    def num_protected_blocks(self) -> int:
+        """Blocks between null head and region, which hold nothing but protected tokens."""
+        return len(self.row_blocks) - len(self.source_blocks)
+
+    @property
     def num_private_blocks(self) -> int:
         """Destination blocks that stand in the place of hashed or shared ones."""
         pairs = zip(self.source_blocks, self.destination_blocks, strict=False)

@@ -15,14 +15,16 @@ class Observations:
     accumulates, what its survivors scored in the round before.
 
     Survivors stay in order, so their scores are those of the first tokens of the next region,
-    which begins at the same block. A preempted request starts again without a null head: its
-    first round then finds no earlier scores, as the very first one did.
+    which begins at the same block, or further on where the protected prompt has grown. A preempted
+    request starts again without a null head: its first round then finds no earlier scores, as the
+    very first one did.
     """
 
-    def __init__(self, queries: RecordedQueries, accumulates: bool) -> None:
+    def __init__(self, queries: RecordedQueries, accumulates: bool, block_size: int) -> None:
         self.queries = queries
         self._accumulates = accumulates
-        self._earlier: dict[str, Tensor] = {}
+        self._block_size = block_size
+        self._earlier: dict[str, tuple[int, Tensor]] = {}  # blocks before the region, scores
 
     def begin_step(self, step: SchedulerOutput | None) -> None:
         """See ``RecordedQueries.begin_step``; finished requests are forgotten."""
@@ -34,15 +36,18 @@ class Observations:
         """For the round that ``plan`` is."""
         queries = self.queries.before(plan.request_id, plan.nominal_boundary)
         is_first = plan.row_start == 0
-        earlier = self._earlier[plan.request_id] if self._accumulates and not is_first else None
-        return Observation(queries, earlier)
+        if is_first or not self._accumulates:
+            return Observation(queries, None)
+        num_before, earlier = self._earlier[plan.request_id]
+        num_passed = (plan.num_protected_blocks - num_before) * self._block_size
+        return Observation(queries, earlier[..., num_passed:])
 
     def keep(self, plans: Sequence[RoundPlan], scores: Tensor, kept: Tensor) -> None:
         """What the survivors of these rounds scored. scores: [R, L, H_kv, region tokens]; kept:
         region token indices [R, L, H_kv, destination tokens], padded."""
         if not self._accumulates:
             return
-        num_tokens = kept.shape[-1] // max(len(plan.destination_blocks) for plan in plans)
         for request_idx, plan in enumerate(plans):
-            own = kept[request_idx, ..., : len(plan.destination_blocks) * num_tokens]
-            self._earlier[plan.request_id] = scores[request_idx].gather(-1, own)
+            own = kept[request_idx, ..., : len(plan.destination_blocks) * self._block_size]
+            scored = scores[request_idx].gather(-1, own)
+            self._earlier[plan.request_id] = plan.num_protected_blocks, scored

@@ -278,7 +278,7 @@ def target_rounds(
     if settings.method in OBSERVING_SCORERS:
         observing = OBSERVING_SCORERS[settings.method]([layer.impl.scale for layer in layers])
         queries = RecordedQueries(layers, observing.num_queries, settings.interval)
-        observations = Observations(queries, observing.accumulates)
+        observations = Observations(queries, observing.accumulates, block_size)
         return TargetRounds(kv, block_size, observing, settings, observations)
     scorers: dict[str, Callable[[], Scorer]] = {
         "streamingllm": StreamingLLMScorer,

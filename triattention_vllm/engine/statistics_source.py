@@ -1,6 +1,7 @@
 """Where a running model's statistics come from: a file, the cache folder, or a calibration now."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,14 +11,20 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from triattention_vllm.config import Settings
 from triattention_vllm.engine import cache_folder
 from triattention_vllm.engine.calibration import CalibratedWorker, calibrate
-from triattention_vllm.engine.fingerprint import model_fingerprint
+from triattention_vllm.engine.fingerprint import model_fingerprint, weights_hash
 from triattention_vllm.engine.ranks import is_first_rank, on_first_rank
 from triattention_vllm.engine.rotary import read_rotary
 from triattention_vllm.errors import StatisticsError
-from triattention_vllm.log import logger
+from triattention_vllm.log import log_once, logger
 from triattention_vllm.method.rope import Rotary
 from triattention_vllm.method.statistics import Fingerprint, Statistics, import_published
 from triattention_vllm.texts import shipped_text
+
+REPLACED = (
+    "KV compression: the weights have been replaced, and requests are still scored with the "
+    "statistics of those before. Start the server again where the model has become another one. "
+    "This is logged once."
+)
 
 
 class ModelWorker(CalibratedWorker, Protocol):
@@ -61,6 +68,13 @@ class StatisticsSource:
     def has_to_be_made(self) -> bool:
         """Whether ``ready`` will make the statistics; the same on every rank."""
         return self._statistics is None
+
+    def warn_if_replaced(self) -> None:
+        """Say so on global rank 0 where the model has other weights than it was loaded with."""
+        if is_first_rank():
+            now = weights_hash(self._worker.vllm_config, self._worker.get_model())
+            if now != self.fingerprint.weights_hash:
+                log_once(logging.WARNING, REPLACED)
 
     def rotary_of(self, layer_names: Sequence[str]) -> Rotary:
         """The rotary parameters of some of this rank's layers."""

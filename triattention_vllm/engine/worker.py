@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
@@ -85,6 +85,20 @@ class CompressionWorker(Worker):
         self.statistics_source = (
             StatisticsSource(self, own, self.settings) if self.settings.needs_statistics else None
         )
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's, in place; then say whether the statistics are of other weights."""
+        super().reload_weights(*args, **kwargs)
+        self._compare_weights()
+
+    def finish_weight_update(self) -> None:
+        """The end of vLLM's weight transfer, as ``reload_weights``."""
+        super().finish_weight_update()
+        self._compare_weights()
+
+    def _compare_weights(self) -> None:
+        if self.statistics_source is not None:
+            self.statistics_source.warn_if_replaced()
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, with ours in the place of plain full attention."""
