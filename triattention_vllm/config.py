@@ -65,8 +65,8 @@ class Settings:
         "triattention",
         Description(
             "How cached tokens are scored: by the model's mean queries, by age, by the length of "
-            "the key (short stays) or of the value (long stays), at random, or by the attention "
-            "of the request's last queries (the last four, slower, for comparisons).",
+            "the key (short ones are kept) or of the value (long ones are kept), at random, or by "
+            "the attention of the request's last queries (the last four, slower, for comparisons).",
             (str,),
             choices=get_args(Method),
         ),
@@ -86,8 +86,8 @@ class Settings:
     window: Window | int = _described(
         "quarter",
         Description(
-            "Most recent tokens, which a round never evicts: a quarter of what a request keeps, "
-            "at most half of the budget, or a number.",
+            "Most recent tokens, which a round never evicts. quarter: of the tokens that a request "
+            "keeps, at most half of the budget; or a number.",
             (str, int),
             unit="tokens",
             choices=get_args(Window),
@@ -110,7 +110,8 @@ class Settings:
     selection: Selection = _described(
         "per_head",
         Description(
-            "Who shares one choice of kept tokens: a KV head across layers, nobody, or all.",
+            "Which heads keep the same tokens: a KV head in all layers, none, or all heads of all "
+            "layers.",
             (str,),
             choices=get_args(Selection),
         ),

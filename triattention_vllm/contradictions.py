@@ -44,7 +44,7 @@ def _of_budgets(settings: "Settings") -> Iterator[str]:
     if budget < policy.least_budget():
         yield (
             f"budget {budget} is below window {policy.window_of(budget)} + interval "
-            f"{settings.interval}; set it to at least {policy.least_budget()} tokens."
+            f"{settings.interval}; set it to at least {policy.enough_budget()} tokens."
         )
     if settings.max_request_budget is not None and settings.max_request_budget < budget:
         yield (
@@ -61,8 +61,8 @@ def _of_order(settings: "Settings") -> Iterator[str]:
         needing.append(f"score_redundancy {settings.score_redundancy}")
     for needs in needing:
         yield (
-            f'compaction "{settings.compaction}" does not keep tokens in order, as {needs} needs '
-            'them; leave compaction at "repack".'
+            f'compaction "{settings.compaction}" does not keep the order of tokens, which {needs} '
+            'needs; leave compaction at "repack".'
         )
 
 

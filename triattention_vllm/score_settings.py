@@ -23,7 +23,7 @@ LAYERS = Description(
     choices=get_args(LayersTogether),
 )
 NORM_TERM = Description(
-    "With method=triattention: the score's share for queries that scatter around their mean, by "
+    "With method=triattention: whether the score has a term for queries far from their mean, by "
     "the length of the key.",
     (str,),
     choices=get_args(NormTerm),
@@ -38,8 +38,8 @@ OFFSETS = Description(
 )
 USUAL_REDUNDANCY = 50
 REDUNDANCY = Description(
-    "What a candidate loses of its score whose value later candidates repeat: percent of the "
-    "logarithm of how often. Unset: 50 with method=triattention, compaction=repack and "
+    "Lowers the score of a token whose value later tokens repeat, by this percent of the logarithm "
+    "of how often. Unset: 50 with method=triattention, compaction=repack and "
     "score_normalise=heads, else 0.",
     (int, NoneType),
     unit="percent",

@@ -36,11 +36,11 @@ REFUSED = [
     ({"method": "kivi"}, 'method is \'kivi\', allowed is "triattention" or "streamingllm"'),
     (
         {"method": "streamingllm", "compaction": "fill_holes"},
-        'does not keep tokens in order, as method "streamingllm" needs them',
+        'does not keep the order of tokens, which method "streamingllm" needs',
     ),
     (
         {"method": "h2o", "compaction": "fill_holes"},
-        'does not keep tokens in order, as method "h2o" needs them',
+        'does not keep the order of tokens, which method "h2o" needs',
     ),
     ({"method": "random", "statistics": "a"}, 'statistics is set, but method "random" uses no'),
     (
@@ -59,7 +59,7 @@ REFUSED = [
     ({"statistics": 7}, r"statistics is 7 \(int\), allowed is a path"),
     ({"statistics": ""}, "statistics is '', allowed is a path"),
     ({"budget": 169}, "budget 169 is below window 42 .* set it to at least 170 tokens"),
-    ({"budget": 255, "window": 128}, "budget 255 is below .* set it to at least 256 tokens"),
+    ({"budget": 255, "window": 128}, "budget 255 is below .* set it to at least 257 tokens"),
     ({"window": "half"}, "window is 'half', allowed is \"quarter\" or a whole number of tokens"),
     ({"score_normalise": "off"}, 'score_normalise is \'off\', allowed is "heads" or "none"'),
     ({"score_offsets": "1, 2"}, r"'1, 2', allowed is .*\"short\" or numbers with commas between"),
@@ -70,7 +70,7 @@ REFUSED = [
     ),
     (
         {"score_redundancy": 50, "compaction": "fill_holes"},
-        "does not keep tokens in order, as score_redundancy 50 needs them; leave compaction",
+        "does not keep the order of tokens, which score_redundancy 50 needs; leave compaction",
     ),
     ({"score_redundancy": 1001}, "score_redundancy is 1001, .* of percent, .* at most 1000"),
     (
@@ -193,9 +193,9 @@ def test_a_budget_above_max_model_len_is_refused() -> None:
         ),
         (
             {"protect": 1920, "window": 128},
-            "leaves no candidate .* set budget to 2096 or more, or protect fewer",
+            "leaves no candidate .* set budget to 2064 or more, or protect fewer",
         ),
-        ({"protect": 1536}, "beside window 512 .* set budget to 2112 or more, or protect fewer"),
+        ({"protect": 1536}, "beside window 512 .* set budget to 2069 or more, or protect fewer"),
         ({"protect": "sinks", "sink_tokens": 4000}, "budget 2048 leaves no candidate .* 4000 pro"),
     ],
 )
@@ -224,7 +224,12 @@ def test_settings_pass_exactly_when_every_round_keeps_a_candidate(
         if "leaves no candidate" in message:
             enough = int(message.split("set budget to ")[1].split(" ")[0])
             assert enough > budget
-            Settings.from_mapping({**mapping, "budget": enough}).check_engine(10**6, block_size)
+            for more in (enough, enough + 1, enough + block_size, 2 * enough):
+                Settings.from_mapping({**mapping, "budget": more}).check_engine(10**6, block_size)
+            with pytest.raises(SettingsError):  # and no more is asked for than is needed
+                Settings.from_mapping({**mapping, "budget": enough - 1}).check_engine(
+                    10**6, block_size
+                )
         else:
             assert budget < (budget // 4 if isinstance(window, str) else window) + 64
         return

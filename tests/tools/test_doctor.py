@@ -112,13 +112,18 @@ def test_a_plugin_whose_function_raises_is_found() -> None:
         ({"platform": "cuda"}, "compression has not run on a GPU yet"),
     ],
 )
-def test_a_version_or_a_device_that_is_not_verified_is_a_note(
-    changed: dict[str, Any], found: str
+def test_a_version_or_a_device_that_is_not_verified_is_wrong_unless_it_is_accepted(
+    changed: dict[str, Any], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("TRIATTENTION_ALLOW_UNTESTED_VLLM", raising=False)
+    wrong, plugin = check_vllm({**HEALTHY, **changed})
+    assert (wrong.status, plugin.status) == ("wrong", "ok")
+    assert found in wrong.found
+    assert "TRIATTENTION_ALLOW_UNTESTED_VLLM=1" in wrong.todo
+    monkeypatch.setenv("TRIATTENTION_ALLOW_UNTESTED_VLLM", "1")
     note, plugin = check_vllm({**HEALTHY, **changed})
-    assert (note.status, plugin.status) == ("note", "ok")
-    assert found in note.found
-    assert "TRIATTENTION_ALLOW_UNTESTED_VLLM=1" in note.todo
+    assert (note.status, note.todo, plugin.status) == ("note", "", "ok")
+    assert note.found.endswith("accepted with TRIATTENTION_ALLOW_UNTESTED_VLLM=1")
 
 
 def test_operations_that_fail_or_differ_are_wrong() -> None:

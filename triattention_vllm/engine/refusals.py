@@ -70,7 +70,7 @@ def _raise_all(refusals: Iterator[str]) -> None:
 def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model.runner_type != "generate":
-        yield f"the model runs as {model.runner_type!r} and only generation has a long KV cache"
+        yield f"the model runs as {model.runner_type!r} and only text generation can be compressed"
     if model.use_mla:
         yield "the model uses multi-head latent attention, whose cache has no per-head keys"
     if model.is_encoder_decoder:
@@ -96,7 +96,7 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
             "unset VLLM_USE_RUST_FRONTEND"
         )
     if parallel.use_ubatching:
-        yield "micro-batching (DBO) splits a step that calibration reads in order; turn it off"
+        yield "micro-batching (DBO) splits a step that calibration reads in one piece; turn it off"
     on_cpu = vllm_config.device_config.device_type == "cpu"
     if vllm_config.speculative_config is not None and on_cpu and not CPU_BUILD_VERIFIES_DRAFTS:
         yield "vLLM 0.30 fails on the CPU at its first draft; use another release for drafts"

@@ -4,7 +4,7 @@ The scheduler decides rounds with these functions alone. Nothing here knows a sc
 or vLLM, so the same inputs give the same rounds in every process.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
@@ -161,8 +161,11 @@ class Policy:
         return (self.interval - 1) * 4 // 3 + 1
 
     def enough_budget(self) -> int:
-        """A ``B`` that leaves candidates: ``B >= W + P`` and three blocks for rounding, where a
-        protected prompt takes half of it and the window a number of tokens or a share."""
+        """A ``B`` from which on every one leaves candidates, no larger than it has to be.
+
+        Searched downwards from ``B >= W + P`` and three blocks for rounding, where a protected
+        prompt takes half of it and the window a number of tokens or a share.
+        """
         fixed = 3 * self.block_size
         share = 0.0
         if isinstance(self.window, int):
@@ -171,7 +174,13 @@ class Policy:
             share = 0.5 if self.protect == "all_prompt" else 0.25
         sinks = max(self.sink_tokens, self.protect if isinstance(self.protect, int) else 0)
         with_prompt = fixed / (0.5 - share) if self.protect == "prompt" else 0
-        return ceil(max((fixed + sinks) / (1 - share), with_prompt))
+        enough = max(ceil(max((fixed + sinks) / (1 - share), with_prompt)), self.least_budget())
+        while enough > self.least_budget() and self._leaves_candidates(enough - 1):
+            enough -= 1
+        return enough
+
+    def _leaves_candidates(self, budget: int) -> bool:
+        return replace(self, budget=budget).min_survivors() > 0
 
     def max_cached_tokens(self, num_in_flight_tokens: int) -> int | None:
         """Most tokens that a request holds at once when no round is deferred, or None where

@@ -27,7 +27,7 @@ INSTALLER = "triattention-cpu-install"
 IN_THE_CLONE = "in the clone of triattention-vllm: pip install -e "
 INSTALL_CPU = f"{IN_THE_CLONE}'.[cpu]'"
 INSTALL_VLLM = (
-    f"install vLLM: {INSTALL_CPU} and then triattention cpu-install, or, beside a GPU, "
+    f"install vLLM: {INSTALL_CPU} and then triattention cpu-install, or, on a GPU machine, "
     "pip install -e '.[cuda]'"
 )
 

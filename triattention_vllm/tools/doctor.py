@@ -7,6 +7,7 @@ Asks vLLM itself, in a process of its own, and loads no weights. What only a loa
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from rich.console import Console
 from triattention_vllm import __version__
 from triattention_vllm.child_report import ERROR, STEP, run_child
 from triattention_vllm.config import Settings
-from triattention_vllm.environment import ALLOW_UNTESTED_VLLM
+from triattention_vllm.environment import ALLOW_UNTESTED_VLLM, allows_untested_vllm
 from triattention_vllm.errors import StatisticsError, UnsupportedError
 from triattention_vllm.tools.cpu_install import INSTALL_VLLM
 from triattention_vllm.tools.terminal import console, say
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Exit status: 0 all is well, 1 something is wrong, 2 wrong usage."
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "serve", nargs=argparse.REMAINDER, metavar="MODEL FLAGS", help="as behind vllm serve"
+        "serve", nargs=argparse.REMAINDER, metavar="MODEL FLAGS", help="as given to vllm serve"
     )
 
 
@@ -101,16 +102,22 @@ def check_vllm(report: dict[str, Any]) -> list[Check]:
         return [Check("vLLM", "ok", version), Check("plugin", "wrong", found, todo)]
     checks = [Check("vLLM", "ok", f"{version}, a verified version")]
     if report["platform"] != "cpu":
-        todo = f"accept that with {ALLOW_UNTESTED_VLLM}=1, or compression is refused"
-        checks = [Check("vLLM", "note", f"{version}; compression has not run on a GPU yet", todo)]
+        checks = [_untested(f"{version}; compression has not run on a GPU yet")]
     if not report["is_verified"]:
-        todo = f"install a verified version, or accept it with {ALLOW_UNTESTED_VLLM}=1"
-        checks = [Check("vLLM", "note", f"{version}; the tests have not run on it", todo)]
+        checks = [_untested(f"{version}; the tests have not run on it")]
     if report["is_installed"]:
         return [*checks, Check("plugin", "ok", "loaded; the flags of KV compression are there")]
     todo = f"leave VLLM_PLUGINS unset, or let it name {_PLUGIN}; or install this package again"
     found = f"vLLM did not load {_PLUGIN}, and a failed plugin is only a line in its log"
     return [*checks, Check("plugin", "wrong", found, todo)]
+
+
+def _untested(found: str) -> Check:
+    """What compression is refused on, unless the environment accepts it."""
+    if allows_untested_vllm(os.environ):
+        return Check("vLLM", "note", f"{found}; accepted with {ALLOW_UNTESTED_VLLM}=1")
+    todo = f"install a verified version, or accept this one with {ALLOW_UNTESTED_VLLM}=1"
+    return Check("vLLM", "wrong", found, todo)
 
 
 def check_operations(report: dict[str, Any]) -> Check:
@@ -122,7 +129,7 @@ def check_operations(report: dict[str, Any]) -> Check:
         return Check(name, "wrong", f"{step} failed: {_one_line(report)}", todo)
     device = f"{report['implementation']} on {report['device']}"
     if not report["is_right"]:
-        todo = "report it with the line of versions above; do not serve with compression"
+        todo = "report it with all of this output; do not serve with compression"
         return Check(name, "wrong", f"{device} gives another result than torch on the CPU", todo)
     compiled = "Triton kernels compile and run" if report["implementation"] == "triton" else "run"
     return Check(name, "ok", f"score, select and compact: {device}, {compiled}")

