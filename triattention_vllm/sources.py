@@ -1,4 +1,5 @@
-"""Where settings come from: command line, additional_config, environment, default, per key."""
+"""Where settings come from: additional_config, environment, default, per key. Flags were merged
+into additional_config when vLLM parsed them."""
 
 import logging
 from collections.abc import Mapping
@@ -29,17 +30,17 @@ def merge(higher: Source | None, lower: Source | None) -> dict[str, object]:
 
 
 def resolve_settings(
-    command_line: Source | None, additional_config: Source | None, environ: Mapping[str, str]
+    additional_config: Source | None, environ: Mapping[str, str]
 ) -> Settings | None:
     """The settings that all sources together ask for, or None where nothing turns them on.
 
     ``method`` is the switch: named by the highest source that names it, ``off`` there means
-    off. Without it the other settings have nothing to act on: given on the command line or in
-    ``additional_config`` they are an error, in the environment they are a warning.
+    off. Without it the other settings have nothing to act on: given in ``additional_config`` they
+    are an error, in the environment they are a warning.
 
     Raises SettingsError for anything unknown, mistyped, out of range or contradictory.
     """
-    given = merge(command_line, additional_config)
+    given: Source = additional_config or {}
     if given.get("method") == OFF:
         return None
     switch = environment_switch(environ)

@@ -32,7 +32,7 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def from_environment(**environ: str) -> Settings | None:
-    return resolve_settings(None, None, environ)
+    return resolve_settings(None, environ)
 
 
 @pytest.mark.parametrize("switch", ["1", "true", "True"])
@@ -129,8 +129,8 @@ def test_the_method_variable_is_a_switch_too() -> None:
 
 def test_variables_without_a_switch_change_nothing_and_are_named_once(lines: list[str]) -> None:
     environ = {"TRIATTENTION_BUDGET": "much", "TRIATTENTION_ENABEL": "1", "PATH": "/bin"}
-    assert resolve_settings(None, None, environ) is None
-    assert resolve_settings(None, None, environ) is None
+    assert resolve_settings(None, environ) is None
+    assert resolve_settings(None, environ) is None
     (line,) = lines
     assert line.startswith("WARNING KV compression is off, so TRIATTENTION_BUDGET, TRIATTENTION_E")
     assert "PATH" not in line
@@ -152,7 +152,7 @@ def test_variables_of_the_authors_plugin_are_understood_and_answered(lines: list
         "TRIATTN_RUNTIME_SPARSE_STATS_PATH": "stats/qwen3.pt",
         "TRIATTN_RUNTIME_LOG_DECISIONS": "1",
     }
-    assert resolve_settings(None, None, environ) == Settings(
+    assert resolve_settings(None, environ) == Settings(
         budget=12000,
         interval=64,
         window=256,

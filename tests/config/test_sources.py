@@ -1,4 +1,4 @@
-"""Command line over additional_config over environment over default, key by key."""
+"""additional_config over environment over default, key by key; flags over it: test_flags.py."""
 
 from collections.abc import Mapping
 
@@ -26,19 +26,15 @@ def variables(source: Mapping[str, str | int]) -> dict[str, str]:
     return {environment_name(key): str(value) for key, value in source.items()}
 
 
-@given(command_line=SOURCE, additional_config=SOURCE, environment=SOURCE)
+@given(additional_config=SOURCE, environment=SOURCE)
 def test_the_highest_source_that_names_a_key_decides_it(
-    command_line: dict[str, str | int],
     additional_config: dict[str, str | int],
     environment: dict[str, str | int],
 ) -> None:
-    expected: dict[str, str | int] = {}
-    for source in (environment, additional_config, command_line):
-        for key in source:
-            expected[key] = source[key]
-    arguments = (command_line, additional_config, variables(environment))
+    expected = {**environment, **additional_config}
+    arguments = (additional_config, variables(environment))
 
-    if "method" not in expected and (command_line or additional_config):
+    if "method" not in expected and additional_config:
         with pytest.raises(SettingsError, match="is not turned on; add --kv-compression triatt"):
             resolve_settings(*arguments)
         return
@@ -51,47 +47,45 @@ def test_the_highest_source_that_names_a_key_decides_it(
     assert resolved.to_mapping() == {**defaults, **expected}
 
 
-@given(command_line=SOURCE, additional_config=SOURCE, environment=SOURCE)
+@given(additional_config=SOURCE, environment=SOURCE)
 def test_no_source_is_changed(
-    command_line: dict[str, str | int],
     additional_config: dict[str, str | int],
     environment: dict[str, str | int],
 ) -> None:
-    sources = (command_line, additional_config, variables(environment))
+    sources = (additional_config, variables(environment))
     before = tuple(dict(source) for source in sources)
     try:
         resolve_settings(*sources)
     except SettingsError:
-        assert "method" not in {**command_line, **additional_config, **environment}
+        assert "method" not in {**additional_config, **environment}
     assert sources == before
 
 
 def test_nothing_anywhere_is_off() -> None:
-    assert resolve_settings(None, None, {}) is None
-    assert resolve_settings({}, {}, {"HOME": "/", "VLLM_PLUGINS": "triattention"}) is None
+    assert resolve_settings(None, {}) is None
+    assert resolve_settings({}, {"HOME": "/", "VLLM_PLUGINS": "triattention"}) is None
 
 
-def test_off_on_the_command_line_beats_everything_below() -> None:
-    below = {"method": "triattention", "budget": 4096}
-    assert resolve_settings({"method": OFF}, below, {"TRIATTENTION_ENABLE": "1"}) is None
+def test_off_in_additional_config_beats_the_environments_switch() -> None:
+    given = {"method": OFF, "budget": 4096}
+    assert resolve_settings(given, {"TRIATTENTION_ENABLE": "1"}) is None
 
 
 def test_off_does_not_read_variables_that_nothing_would_use() -> None:
-    assert resolve_settings({"method": OFF}, None, {"TRIATTENTION_BUDGET": "much"}) is None
+    assert resolve_settings({"method": OFF}, {"TRIATTENTION_BUDGET": "much"}) is None
 
 
-def test_the_environment_switch_is_overruled_by_the_command_line() -> None:
+def test_the_environments_switch_is_overruled_by_a_method_in_additional_config() -> None:
     environ = {"TRIATTENTION_ENABLE": "0", "TRIATTENTION_WINDOW": "64"}
-    assert resolve_settings({"method": "triattention"}, None, environ) == Settings(window=64)
+    assert resolve_settings({"method": "triattention"}, environ) == Settings(window=64)
 
 
 def test_a_contradiction_across_sources_is_refused() -> None:
+    given = {"method": "triattention", "budget": 512}
     with pytest.raises(SettingsError, match="budget 512 is below window 500 [+] interval 128"):
-        resolve_settings(
-            {"method": "triattention"}, {"budget": 512}, {"TRIATTENTION_WINDOW": "500"}
-        )
+        resolve_settings(given, {"TRIATTENTION_WINDOW": "500"})
 
 
 def test_settings_without_a_switch_are_refused_by_name() -> None:
     with pytest.raises(SettingsError, match=r"has settings \(budget\) but is not turned on"):
-        resolve_settings(None, {"budget": 512}, {})
+        resolve_settings({"budget": 512}, {})

@@ -190,8 +190,7 @@ def _wrap_create_engine_config() -> None:
     @wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         """Settings are resolved first, so that a wrong one is named before a model is read."""
-        given = additional_settings(self.additional_config)
-        settings = resolve_settings(None, given, os.environ)
+        settings = resolve_settings(additional_settings(self.additional_config), os.environ)
         vllm_config = original(self, *args, **kwargs)
         if settings is not None:
             turn_on(vllm_config, settings)
