@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from triattention_kernels.errors import ArgumentError
+from triattention_kernels.host_copy import on_device
 from triattention_kernels.layers import byte_starts
 
 CpuLayout = Literal["vec", "vec16", "amx"]
@@ -142,9 +143,7 @@ class PagedKV:
         the first layer, [2, L] int64 on the device; copied there once, without waiting for it.
         """
         starts = [[start // self.layer_unit for start in row] for row in self._byte_starts]
-        device = self.keys.device
-        pinned = torch.tensor(starts, dtype=torch.int64, pin_memory=device.type == "cuda")
-        return pinned.to(device, non_blocking=True)
+        return on_device(starts, torch.int64, self.keys.device)
 
     @cached_property
     def layer_unit(self) -> int:

@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from triattention_kernels.host_copy import on_device
+
 
 @dataclass(frozen=True)
 class RoundBatch:
@@ -43,8 +45,6 @@ class RoundBatch:
         """(source blocks, destination blocks, first candidate) of each request, [R, 3] int32 on
         the device of the block ids; copied there once, without waiting for it.
         """
-        device = self.source_blocks.device
         columns = (self.num_source_blocks, self.num_destination_blocks, self.first_candidate)
         rows = list(zip(*columns, strict=True))
-        pinned = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
-        return pinned.to(device, non_blocking=True)
+        return on_device(rows, torch.int32, self.source_blocks.device)

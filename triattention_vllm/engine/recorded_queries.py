@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from triattention_kernels.host_copy import on_device
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -78,8 +79,8 @@ class RecordedQueries:
             first += num_tokens
         if sources:
             self._unseen = set(self._layers)
-        self._sources = _on_device(sources, device)
-        self._destinations = _on_device(destinations, device)
+        self._sources = on_device(sources, torch.int64, device)
+        self._destinations = on_device(destinations, torch.int64, device)
 
     def observe(self, layer_name: str, query: Tensor) -> None:
         """Keep what is wanted of a layer's queries [n, H, D] of this step."""
@@ -106,7 +107,7 @@ class RecordedQueries:
             )
         own = self._rings[:, self._slots[request_id]]
         places = [position % self._capacity for position in range(first, last)]
-        return own[:, _on_device(places, own.device)]
+        return own[:, on_device(places, torch.int64, own.device)]
 
     def _check_seen(self) -> None:
         if self._unseen:
@@ -133,9 +134,3 @@ class RecordedQueries:
                 grown[:, :num_slots] = self._rings
             self._rings = grown
         return self._rings
-
-
-def _on_device(indices: Sequence[int], device: torch.device) -> Tensor:
-    """Indices int64; one copy that nothing waits for."""
-    on_host = torch.tensor(indices, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)

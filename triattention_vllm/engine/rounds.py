@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from triattention_kernels import PagedKV, RoundBatch, compact, forward_groups, moves_forward
+from triattention_kernels.host_copy import on_device
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
@@ -250,8 +251,7 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor
     """Indices [R, longest] int64, rows padded with 0; one copy that nothing waits for."""
     width = max(len(row) for row in rows)
     padded = [[*row, *[0] * (width - len(row))] for row in rows]
-    on_host = torch.tensor(padded, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
+    return on_device(padded, torch.int64, device)
 
 
 def target_rounds(
