@@ -56,13 +56,7 @@ def check_score(
     """Raise ArgumentError unless the arguments of ``score`` fit each other."""
     device = kv.keys.device
     check_batch(batch, kv.block_size, device)
-    allowed = SCORED_DTYPES if kv.scales is None else SCALED_DTYPES
-    if kv.keys.dtype not in allowed:
-        raise ArgumentError(
-            f"keys of dtype {_names((kv.keys.dtype,))} cannot be scored"
-            f" {'without' if kv.scales is None else 'with'} a scale for every token and head;"
-            f" allowed are {_names(allowed)}: view quantised bytes as the numbers they stand for"
-        )
+    check_stored(kv, "keys", "scored")
     if rotary_dim < 0 or rotary_dim % 2 or rotary_dim > kv.head_dim:
         raise ArgumentError(
             f"rotary_dim is {rotary_dim}; an even number from 0 to the head dim {kv.head_dim}"
@@ -82,13 +76,7 @@ def check_score(
 def check_redundancy(kv: PagedKV, batch: RoundBatch) -> None:
     """Raise ArgumentError unless the arguments of ``redundancy`` fit each other."""
     check_batch(batch, kv.block_size, kv.values.device)
-    allowed = SCORED_DTYPES if kv.scales is None else SCALED_DTYPES
-    if kv.values.dtype not in allowed:
-        raise ArgumentError(
-            f"values of dtype {_names((kv.values.dtype,))} cannot be compared"
-            f" {'without' if kv.scales is None else 'with'} a scale for every token and head;"
-            f" allowed are {_names(allowed)}: view quantised bytes as the numbers they stand for"
-        )
+    check_stored(kv, "values", "compared")
 
 
 def check_select(
@@ -122,6 +110,18 @@ def check_compact(kv: PagedKV, batch: RoundBatch, kept: Tensor) -> None:
     num_kept = batch.destination_blocks.shape[1] * kv.block_size
     shape = (batch.num_requests, kv.num_layers, kv.num_kv_heads, num_kept)
     check_tensor("kept", kept, shape, (torch.int64,), kv.keys.device)
+
+
+def check_stored(kv: PagedKV, what: str, done: str) -> None:
+    """Raise ArgumentError unless the cache's numbers can be read; the sentence says that ``what``
+    is in it cannot be ``done``."""
+    allowed = SCORED_DTYPES if kv.scales is None else SCALED_DTYPES
+    if kv.keys.dtype not in allowed:  # values have the same
+        raise ArgumentError(
+            f"{what} of dtype {_names((kv.keys.dtype,))} cannot be {done}"
+            f" {'without' if kv.scales is None else 'with'} a scale for every token and head;"
+            f" allowed are {_names(allowed)}: view quantised bytes as the numbers they stand for"
+        )
 
 
 def check_groups(num_heads: int, num_kv_heads: int) -> None:

@@ -5,17 +5,15 @@
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from triattention_kernels.compact_torch import INTEGER_OF_WIDTH
 from triattention_kernels.paged import PagedKV
 from triattention_kernels.paged_triton import dim_offsets, token_offsets
 from triattention_kernels.round_batch import RoundBatch
 
-# Tokens are moved as integers: NaN payloads survive, and fp8 needs no arithmetic.
-INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TILE_ELEMENTS = 4096
 MAX_TILE_TOKENS = 256
 

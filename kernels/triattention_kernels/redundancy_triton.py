@@ -10,11 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from triattention_kernels.errors import ArgumentError
-from triattention_kernels.paged import PagedKV
-from triattention_kernels.paged_triton import dim_offsets, token_offsets
+from triattention_kernels.paged_triton import dim_offsets, to_float32, token_offsets
 from triattention_kernels.redundancy_torch import SQUARINGS
-from triattention_kernels.score_triton import KEY_FORMATS, to_float32
 
 # Of the later values that a program is at: of all of them, and of one dim of them. It holds twice
 # as many of its own, so that what it reads again from L2 is multiplied often enough.
@@ -138,17 +135,6 @@ def tile_redundancy(
             alike = alike * alike
         total += tl.sum(tl.where(tokens[None, :] > own_tokens[:, None], alike, 0.0), axis=1)
     return tl.log(1 + total)
-
-
-def value_format(kv: PagedKV) -> str:
-    """How the kernel reads the values. Raises ArgumentError for what it does not read."""
-    found = KEY_FORMATS.get(kv.values.dtype)
-    if found is None:
-        raise ArgumentError(
-            f"values are {kv.values.dtype}; the triton implementation compares"
-            f' {", ".join(map(str, KEY_FORMATS))}: choose implementation="torch"'
-        )
-    return found
 
 
 def redundancy_constants(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:

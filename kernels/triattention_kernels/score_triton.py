@@ -10,22 +10,9 @@ from torch import Tensor
 
 from triattention_kernels.errors import ArgumentError
 from triattention_kernels.paged import PagedKV
-from triattention_kernels.paged_triton import dim_offsets, token_offsets
+from triattention_kernels.paged_triton import as_stored, dim_offsets, to_float32, token_offsets
 from triattention_kernels.round_batch import RoundBatch
 
-# fp8 keys are read as bytes and converted by their bits, so that every device can.
-KEY_FORMATS = {
-    torch.float32: "native",
-    torch.float16: "native",
-    torch.bfloat16: "native",
-    torch.int8: "native",
-    torch.float8_e4m3fn: "e4m3",
-    torch.float8_e4m3fnuz: "e4m3fnuz",
-    torch.float8_e5m2: "e5m2",
-}
-# 2^(127 - 7): float32 exponents are biased by 127, those of e4m3 by 7, of AMD's e4m3fnuz by 8.
-E4M3_BIAS = tl.constexpr(2.0**120)
-E4M3FNUZ_BIAS = tl.constexpr(2.0**119)
 # Below this many query heads a KV head, a sum over the dims costs less than padding them to
 # what the tensor cores take.
 DOT_FROM_GROUP = 4
@@ -34,26 +21,6 @@ TILE_DIMS = 64
 # Tensor cores cut off what does not fit when they add. Sums of so many products each are added up
 # outside of them, rounded to nearest: longer ones would err more than sums in float32 do.
 DOT_TERMS = 16
-
-
-@triton.jit
-def to_float32(raw, KEY_FORMAT: tl.constexpr):
-    """Exact; bf16 has no arithmetic of its own on every device that runs this."""
-    if KEY_FORMAT == "e4m3" or KEY_FORMAT == "e4m3fnuz":
-        sign = (raw & 0x80).to(tl.uint32) << 24
-        magnitude = (raw & 0x7F).to(tl.uint32)
-        # Exponent and mantissa land in float32's fields, and the product corrects the bias.
-        number = (magnitude << 20).to(tl.float32, bitcast=True)
-        if KEY_FORMAT == "e4m3":
-            number = tl.where(magnitude == 0x7F, float("nan"), number * E4M3_BIAS)
-        else:  # the place of -0 is its only NaN
-            number = tl.where(raw == 0x80, float("nan"), number * E4M3FNUZ_BIAS)
-        number = (number.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    elif KEY_FORMAT == "e5m2":
-        number = (raw.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        number = raw.to(tl.float32)
-    return number
 
 
 @triton.jit
@@ -217,13 +184,7 @@ def score(
     centres of its heads itself; those, the norm weights and the turns come from L2.
     """
     check_weights(centres, norm_weights, turns)
-    key_format = KEY_FORMATS.get(kv.keys.dtype)
-    if key_format is None:
-        raise ArgumentError(
-            f"keys are {kv.keys.dtype}; the triton implementation scores"
-            f' {", ".join(map(str, KEY_FORMATS))}: choose implementation="torch"'
-        )
-    keys = kv.keys if key_format == "native" else kv.keys.view(torch.uint8)
+    keys, key_format = as_stored("keys", kv.keys)
     # Scales lie among the one-byte numbers, four of which are as long as one of them. Strides in
     # this unit also tell the compiler that four numbers can be loaded at once.
     unit = 1 if kv.scales is None else 4

@@ -11,12 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triattention_kernels.paged_triton import as_stored
 from triattention_kernels.redundancy import Repeats
-from triattention_kernels.redundancy_triton import (
-    redundancy_constants,
-    tile_redundancy,
-    value_format,
-)
+from triattention_kernels.redundancy_triton import redundancy_constants, tile_redundancy
 from triattention_kernels.round_batch import RoundBatch
 
 # Fixed, so that the order of a sum, and with it the result, depends on the request alone.
@@ -184,8 +181,7 @@ def statistics(
         )
         return Statistics(means, stds, None)
     kv = repeats.kv
-    read_as = value_format(kv)
-    values = kv.values if read_as == "native" else kv.values.view(torch.uint8)
+    values, value_format = as_stored("values", kv.values)
     unit = 1 if kv.scales is None else 4  # as in ``score``
     penalty = scores.new_empty(num_requests, num_layers, num_kv_heads, num_tokens)
     constants = redundancy_constants(kv.values.dtype, kv.head_dim)
@@ -212,7 +208,7 @@ def statistics(
         BLOCK_SIZE=block_size,
         S2=kv.values.shape[4],
         D2=kv.values.shape[6],
-        VALUE_FORMAT=read_as,
+        VALUE_FORMAT=value_format,
         LAYER_UNIT=kv.layer_unit // values.itemsize,
         STRIDE_UNIT=unit,
         STATISTICS_TILE=STATISTICS_TILE,

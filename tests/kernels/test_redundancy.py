@@ -175,5 +175,5 @@ def test_scores_of_another_cache_are_refused(make_cache, make_batch):
 
 def test_values_that_triton_does_not_take_are_refused(make_cache, make_batch):
     kv = make_cache("head_major", (1, 2, 1, 4, 8), torch.float64).kv
-    with pytest.raises(ArgumentError, match="values are torch.float64; the triton .* compares"):
+    with pytest.raises(ArgumentError, match="values are torch.float64; the triton .* reads"):
         of_triton(kv, make_batch([[0, 1]], [[0]], [0]))
