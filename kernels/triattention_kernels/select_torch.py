@@ -39,10 +39,7 @@ def rank(scores: Tensor, num_kv_heads: int, mode: str, penalty: Tensor | None = 
     ``per_head``, [L, H_kv, T] for ``per_layer_per_head``, [T] for ``union``; NaN where a score is
     not finite.
     """
-    scores = torch.where(scores.isfinite(), scores, torch.nan)
-    centred = scores - scores.nanmean(dim=-1, keepdim=True)
-    std = centred.square().nanmean(dim=-1, keepdim=True).sqrt().clamp(min=MIN_STD)
-    ranking = torch.unflatten(centred / std, 1, (num_kv_heads, -1)).amax(dim=2)
+    ranking = of_groups(scores, num_kv_heads)
     if penalty is not None:
         ranking = ranking - penalty
     if mode == "per_head":
@@ -50,6 +47,17 @@ def rank(scores: Tensor, num_kv_heads: int, mode: str, penalty: Tensor | None = 
     if mode == "union":
         return ranking.amax(dim=(0, 1))
     return ranking
+
+
+def of_groups(scores: Tensor, num_kv_heads: int, normalise: bool = True) -> Tensor:
+    """Candidates' scores [L, H, T] as [L, H_kv, T], of each group's best query head; NaN where a
+    score is not finite. normalise: each query head to mean 0 and standard deviation 1."""
+    scores = torch.where(scores.isfinite(), scores, torch.nan)
+    if normalise:
+        scores = scores - scores.nanmean(dim=-1, keepdim=True)
+        std = scores.square().nanmean(dim=-1, keepdim=True).sqrt().clamp(min=MIN_STD)
+        scores = scores / std
+    return torch.unflatten(scores, 1, (num_kv_heads, -1)).amax(dim=2)
 
 
 def best(ranking: Tensor, num_survivors: int) -> Tensor:

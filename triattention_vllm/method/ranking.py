@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from triattention_kernels import PagedKV, Repeats, RoundBatch, Selection, redundancy
-from triattention_kernels.select_torch import MIN_STD
+from triattention_kernels.select_torch import MIN_STD, of_groups
 
 from triattention_vllm.method.region import region_norms
 from triattention_vllm.score_settings import LayersTogether
@@ -54,7 +54,8 @@ class Ranking:
         penalty = None if repeats is None else redundancy(repeats, batch)
         for request_idx, first in enumerate(batch.first_candidate):
             end = batch.num_source_blocks[request_idx] * kv.block_size
-            own = self._of_groups(scores[request_idx, ..., first:end], kv.num_kv_heads)
+            candidates = scores[request_idx, ..., first:end]
+            own = of_groups(candidates, kv.num_kv_heads, self.normalise)
             if penalty is not None:
                 own = own - penalty[request_idx, ..., first:end]
             own = self._together(own, selection)
@@ -64,15 +65,6 @@ class Ranking:
                 own = _lifted(own, values, num_kept * self.protected_values // 100)
             found[request_idx, ..., first:end] = own
         return found
-
-    def _of_groups(self, scores: Tensor, num_kv_heads: int) -> Tensor:
-        """Candidates' scores [L, H, T] as [L, H_kv, T], of each group's best query head."""
-        scores = torch.where(scores.isfinite(), scores, torch.nan)
-        if self.normalise:
-            scores = scores - scores.nanmean(-1, keepdim=True)
-            deviation = scores.square().nanmean(-1, keepdim=True).sqrt()
-            scores = scores / deviation.clamp(min=MIN_STD)
-        return torch.unflatten(scores, 1, (num_kv_heads, -1)).amax(2)
 
     def _together(self, scores: Tensor, selection: Selection) -> Tensor:
         """Candidates' scores [L, H_kv, T], with dims of size 1 where they are shared."""
