@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import vllm.envs as envs
 from torch import nn
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
@@ -68,7 +68,34 @@ def _raise_all(refusals: Iterator[str]) -> None:
 
 
 def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    yield from _model_refusals(vllm_config.model_config)
+    yield from _parallel_refusals(vllm_config, settings)
+    yield from _speculation_refusals(vllm_config.speculative_config)
+    if settings.method in OBSERVING_SCORERS:
+        yield from _observation_refusals(vllm_config, settings)
+    yield from _cache_refusals(vllm_config, settings)
+    if envs.VLLM_USE_RUST_FRONTEND:
+        yield (
+            "the Rust frontend does not check kv_budget and has none of our metrics; "
+            "unset VLLM_USE_RUST_FRONTEND"
+        )
+    on_cpu = _is_on_cpu(vllm_config)
+    if vllm_config.speculative_config is not None and on_cpu and not CPU_BUILD_VERIFIES_DRAFTS:
+        yield "vLLM 0.30 fails on the CPU at its first draft; use another release for drafts"
+    if vllm_config.use_v2_model_runner and on_cpu:
+        yield "model runner V2 does not run on the CPU; leave VLLM_USE_V2_MODEL_RUNNER unset"
+    elif vllm_config.use_v2_model_runner and not STAGED_WRITES_GROW:
+        yield (
+            "model runner V2 has no room for a round's rows before vLLM 0.30; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0, or install vLLM 0.30 or newer"
+        )
+
+
+def _is_on_cpu(vllm_config: VllmConfig) -> bool:
+    return bool(vllm_config.device_config.device_type == "cpu")
+
+
+def _model_refusals(model: ModelConfig) -> Iterator[str]:
     if model.runner_type != "generate":
         yield f"the model runs as {model.runner_type!r} and only text generation can be compressed"
     if model.use_mla:
@@ -79,38 +106,29 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield "the model attends in both directions inside images, by token position"
     if model.rswa_window is not None:
         yield "the model's sliding windows (R-SWA) keep the prompt by token position"
+
+
+def _parallel_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
+    parallel = vllm_config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         yield "context parallelism splits a request's tokens over ranks; set its size to 1"
-    if vllm_config.kv_transfer_config is not None:
-        yield "a KV connector loads and saves blocks by token position; unset kv_transfer_config"
-    yield from _speculation_refusals(vllm_config.speculative_config)
-    if settings.method in OBSERVING_SCORERS:
-        yield from _observation_refusals(vllm_config, settings)
     if parallel.distributed_executor_backend == "ray":
         yield "the Ray executor has not been verified with compression; use the 'mp' executor"
     if parallel.enable_elastic_ep:
         yield "elastic expert parallelism warms up again while requests hold blocks; turn it off"
-    if envs.VLLM_USE_RUST_FRONTEND:
-        yield (
-            "the Rust frontend does not check kv_budget and has none of our metrics; "
-            "unset VLLM_USE_RUST_FRONTEND"
-        )
     if parallel.use_ubatching:
         yield "micro-batching (DBO) splits a step that calibration reads in one piece; turn it off"
-    on_cpu = vllm_config.device_config.device_type == "cpu"
-    if vllm_config.speculative_config is not None and on_cpu and not CPU_BUILD_VERIFIES_DRAFTS:
-        yield "vLLM 0.30 fails on the CPU at its first draft; use another release for drafts"
-    if vllm_config.use_v2_model_runner and on_cpu:
-        yield "model runner V2 does not run on the CPU; leave VLLM_USE_V2_MODEL_RUNNER unset"
-    elif vllm_config.use_v2_model_runner and not STAGED_WRITES_GROW:
-        yield (
-            "model runner V2 has no room for a round's rows before vLLM 0.30; set "
-            "VLLM_USE_V2_MODEL_RUNNER=0, or install vLLM 0.30 or newer"
-        )
+    if settings.selection == "union" and parallel.world_size > 1:
+        yield "selection 'union' needs all heads and layers on one rank; use per_head"
+
+
+def _cache_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[str]:
+    if vllm_config.kv_transfer_config is not None:
+        yield "a KV connector loads and saves blocks by token position; unset kv_transfer_config"
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in KV_DTYPES:
         yield f"keys of KV dtype {cache_dtype!r} cannot be read; allowed: {', '.join(KV_DTYPES)}"
-    elif get_kv_quant_mode(cache_dtype).is_per_token_head and on_cpu:
+    elif get_kv_quant_mode(cache_dtype).is_per_token_head and _is_on_cpu(vllm_config):
         yield f"KV dtype {cache_dtype!r} is one of TRITON_ATTN's; on the CPU set fp8 or auto"
     if (
         settings.score_normalise == "none"
@@ -120,8 +138,6 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
             "score_normalise 'none' compares layers by the length of their keys, and the scales of "
             "fp8 keys are not read; leave it at 'heads', or set --kv-cache-dtype auto"
         )
-    if settings.selection == "union" and parallel.world_size > 1:
-        yield "selection 'union' needs all heads and layers on one rank; use per_head"
 
 
 def _speculation_refusals(config: SpeculativeConfig | None) -> Iterator[str]:
