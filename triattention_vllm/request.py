@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from triattention_vllm.config import OFF, Settings
 from triattention_vllm.errors import RequestError, SettingsError
-from triattention_vllm.method.policy import Policy
+from triattention_vllm.method.policy import Policy, ceil_div
 from triattention_vllm.method.scorers import num_observed_queries
 
 PREFIX = "kv_"
@@ -156,7 +156,7 @@ class Capacity:
         if policy is not None:
             bound = policy.request_budget(num_prompt_tokens) + policy.interval
             held = min(held, bound + self.max_in_flight_tokens)
-        num_held = -(-held // self.block_size)
+        num_held = ceil_div(held, self.block_size)
         if num_held > self.num_blocks:
             key = METHOD_KEY if asked.off else BUDGET_KEY
             raise RequestError(

@@ -76,7 +76,7 @@ def test_every_row_holds_what_it_did_not_free(recorded: tuple[Recorder, Path]) -
     recording = request_recording(read_recording(recorded[1]), "a")
     assert recording.num_tokens > 130
     assert len(recording.rounds) > 8
-    for _, tokens, held in recording.rows:
+    for tokens, held in recording.rows:
         freed = sum(one.num_freed for one in recording.rounds if one.boundary < tokens)
         assert held == -(-tokens // BLOCK_SIZE) - freed
     assert recording.most_held <= (48 + 8) // BLOCK_SIZE + 1
@@ -143,7 +143,7 @@ def test_a_request_that_was_preempted_is_read_from_its_new_start(tmp_path: Path)
     after = request_recording(read_recording(path))
     assert requests_of(read_recording(path))["a"] > len(after.rounds) > 1
     assert after.rounds[0].num_evicted_before == 0
-    assert [tokens for _, tokens, _ in after.rows] == sorted(t for _, t, _ in after.rows)
+    assert [tokens for tokens, _ in after.rows] == sorted(tokens for tokens, _ in after.rows)
     assert after.num_tokens > before.num_tokens
     held = len(cached_after(after, 0, len(after.rounds) - 1))
     assert held == after.rounds[-1].boundary - sum(o.num_freed for o in after.rounds) * BLOCK_SIZE

@@ -19,9 +19,14 @@ def floor_to_block(num_tokens: int, block_size: int) -> int:
     return num_tokens // block_size * block_size
 
 
+def ceil_div(count: int, size: int) -> int:
+    """How many parts of ``size`` hold ``count``: the quotient, rounded up."""
+    return -(-count // size)
+
+
 def ceil_to_block(num_tokens: int, block_size: int) -> int:
     """Smallest multiple of ``block_size`` that is not below ``num_tokens``."""
-    return -(-num_tokens // block_size) * block_size
+    return ceil_div(num_tokens, block_size) * block_size
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def _script_json(recording: RequestRecording) -> str:
         "request": recording.request,
         "block_size": recording.block_size,
         "settings": dict(recording.settings),
-        "rows": [(tokens, held) for _, tokens, held in recording.rows],
+        "rows": recording.rows,
         "rounds": [
             {
                 "boundary": one.boundary,

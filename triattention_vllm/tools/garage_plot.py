@@ -46,15 +46,14 @@ def plot_garage(recording: RequestRecording, path: Path) -> None:
 
 
 def _plot_held(axes: Axes, recording: RequestRecording) -> None:
-    tokens = [tokens for _, tokens, _ in recording.rows]
-    full = -(-recording.num_tokens // recording.block_size)
+    tokens, held = zip(*recording.rows, strict=True)
+    full = recording.num_full
     title = (
         f"{recording.num_tokens:,} tokens in {recording.most_held} blocks at most, "
         f"{full} with full attention"
     )
     axes.set_title(title, loc="left", fontweight="bold")
     axes.plot([0, recording.num_tokens], [0, full], "--", color=_FULL, label="full attention")
-    held = [held for _, _, held in recording.rows]
     axes.step(tokens, held, where="post", color=_HELD, linewidth=1.6, label="held")
     axes.set_ylabel("blocks")
     axes.set_ylim(bottom=0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from triattention_vllm.errors import UnsupportedError
-from triattention_vllm.method.policy import Policy, ceil_to_block
+from triattention_vllm.method.policy import Policy, ceil_div, ceil_to_block
 from triattention_vllm.tools.model_shape import (
     ITEM_BYTES,
     LinearState,
@@ -96,7 +96,7 @@ def group_layers(windows: Sequence[Kind]) -> tuple[Group, ...]:
     groups = []
     for kind, count in zip(kinds, counts, strict=True):
         layers = [layer_idx for layer_idx, own in enumerate(windows) if own == kind]
-        num_groups = -(-count // size)
+        num_groups = ceil_div(count, size)
         groups += [Group(kind, tuple(layers[first::num_groups])) for first in range(num_groups)]
     return tuple(groups)
 
@@ -114,7 +114,7 @@ def lay_out(model: ModelShape, deployment: Deployment) -> Layout:
     block_size = deployment.block_size
     for kind in set(model.windows):
         if isinstance(kind, LinearState):
-            smallest = -(-_state_bytes(kind, deployment) // token_bytes)
+            smallest = ceil_div(_state_bytes(kind, deployment), token_bytes)
             block_size = max(block_size, ceil_to_block(smallest, 16))
     groups = group_layers(model.windows)
     dealt = stages(model.num_layers, deployment.pipeline_parallel)
@@ -169,14 +169,14 @@ def request_blocks(
 def _group_blocks(
     block_size: int, kind: Kind, num_tokens: int, policy: Policy | None, num_in_flight: int
 ) -> int:
-    full = -(-num_tokens // block_size)
+    full = ceil_div(num_tokens, block_size)
     if isinstance(kind, LinearState):
         return 1
     if kind is not None:
         # The window may begin inside a block: vLLM's max_admission_blocks_per_request.
-        return min(full, -(-(kind - 1 + num_in_flight) // block_size) + 1)
+        return min(full, ceil_div(kind - 1 + num_in_flight, block_size) + 1)
     bound = None if policy is None else policy.max_cached_tokens(num_in_flight)
-    return full if bound is None else min(full, -(-bound // block_size))
+    return full if bound is None else min(full, ceil_div(bound, block_size))
 
 
 def longest_request(layout: Layout, num_blocks: int) -> int:

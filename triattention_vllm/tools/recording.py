@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from triattention_vllm.errors import RecordingError
+from triattention_vllm.method.policy import ceil_div
 
 Line = Mapping[str, Any]
 
@@ -20,7 +21,6 @@ class RecordedRound:
     evicted: per KV head, indices within the region.
     """
 
-    seconds: float
     boundary: int
     num_evicted_before: int
     region_start: int
@@ -39,7 +39,7 @@ class RecordedRound:
 class RequestRecording:
     """One request between its (last) start and its end; a preempted request starts again.
 
-    rows: (seconds, computed tokens, blocks held), each time it changed.
+    rows: (computed tokens, blocks held), each time it changed.
     evicted_at: per KV head and logical position, the index of the round that evicted the token,
     or -1 where it was never evicted.
     """
@@ -47,19 +47,24 @@ class RequestRecording:
     request: str
     block_size: int
     settings: Mapping[str, Any]
-    rows: list[tuple[float, int, int]] = field(default_factory=list)
+    rows: list[tuple[int, int]] = field(default_factory=list)
     rounds: list[RecordedRound] = field(default_factory=list)
     evicted_at: list[list[int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the request had computed when its row changed last."""
-        return self.rows[-1][1]
+        return self.rows[-1][0]
+
+    @property
+    def num_full(self) -> int:
+        """Blocks of all these tokens: what full attention holds."""
+        return ceil_div(self.num_tokens, self.block_size)
 
     @property
     def most_held(self) -> int:
         """Most blocks held at once."""
-        return max(held for _, _, held in self.rows)
+        return max(held for _, held in self.rows)
 
     @property
     def num_freed(self) -> int:
@@ -133,26 +138,23 @@ def request_recording(lines: Sequence[Line], request: str | None = None) -> Requ
 
 def _read_events(recording: RequestRecording, lines: Sequence[Line]) -> None:
     survivors = iter([line for line in lines if line["event"] == "evicted"])
-    begin = lines[0]["time"]
     for line in lines:
-        seconds = line["time"] - begin
         if line["event"] == "blocks":
-            if recording.rows and line["tokens"] < recording.rows[-1][1]:
+            if recording.rows and line["tokens"] < recording.num_tokens:
                 recording.rows.clear()
-            recording.rows.append((seconds, line["tokens"], line["held"]))
+            recording.rows.append((line["tokens"], line["held"]))
         elif line["event"] == "round":
             if line["null_before"] == 0:
                 recording.rounds.clear()
             evicted = next((one for one in survivors if one["boundary"] == line["boundary"]), None)
             if evicted is None:
                 break  # the recording ends between the decision and the round
-            recording.rounds.append(_round(line, evicted, seconds, recording.block_size))
+            recording.rounds.append(_round(line, evicted, recording.block_size))
 
 
-def _round(line: Line, evicted: Line, seconds: float, block_size: int) -> RecordedRound:
+def _round(line: Line, evicted: Line, block_size: int) -> RecordedRound:
     region_start = line["prefix_blocks"] * block_size
     return RecordedRound(
-        seconds=seconds,
         boundary=line["boundary"],
         num_evicted_before=line["null_before"] * block_size,
         region_start=region_start,
