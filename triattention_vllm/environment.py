@@ -109,10 +109,6 @@ def _authors_selection(name: str, value: str) -> str:
     return modes[value.strip().lower()]
 
 
-def _authors_number(name: str, value: str) -> int:
-    return parse_int(name, value.strip())
-
-
 def _authors_path(name: str, value: str) -> str:
     if not value.strip():
         raise SettingsError(f"{name} is empty, allowed is the path of a statistics file.")
@@ -120,9 +116,9 @@ def _authors_path(name: str, value: str) -> str:
 
 
 AUTHORS_VARIABLES = {
-    f"{AUTHORS_PREFIX}KV_BUDGET": AuthorsVariable("budget", _authors_number),
-    f"{AUTHORS_PREFIX}DIVIDE_LENGTH": AuthorsVariable("interval", _authors_number),
-    f"{AUTHORS_PREFIX}WINDOW_SIZE": AuthorsVariable("window", _authors_number),
+    f"{AUTHORS_PREFIX}KV_BUDGET": AuthorsVariable("budget", parse_int),
+    f"{AUTHORS_PREFIX}DIVIDE_LENGTH": AuthorsVariable("interval", parse_int),
+    f"{AUTHORS_PREFIX}WINDOW_SIZE": AuthorsVariable("window", parse_int),
     f"{AUTHORS_PREFIX}PRUNING_MODE": AuthorsVariable("selection", _authors_selection),
     f"{AUTHORS_PREFIX}PROTECT_PREFILL": AuthorsVariable("protect", _authors_protect),
     f"{AUTHORS_PREFIX}SPARSE_STATS_PATH": AuthorsVariable("statistics", _authors_path),

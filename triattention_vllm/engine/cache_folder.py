@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from triattention_vllm.environment import CACHE
 from triattention_vllm.errors import StatisticsError
 from triattention_vllm.method.statistics import SCHEMA_VERSION, Fingerprint, Statistics
 
 _CHOOSE = (
-    "set TRIATTENTION_CACHE to a folder that this user may write, or give a statistics file with "
-    "the setting `statistics`"
+    f"set {CACHE} to a folder that this user may write, or give a statistics file with the setting "
+    "`statistics`"
 )
 
 
@@ -22,8 +23,8 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
     Raises StatisticsError where no home folder is known either.
     """
-    if environment.get("TRIATTENTION_CACHE"):
-        return Path(environment["TRIATTENTION_CACHE"]).expanduser()
+    if environment.get(CACHE):
+        return Path(environment[CACHE]).expanduser()
     if environment.get("XDG_CACHE_HOME"):
         return Path(environment["XDG_CACHE_HOME"]).expanduser() / "triattention"
     try:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from triattention_vllm.config import ADDITIONAL_CONFIG_KEY, Settings
+from triattention_vllm.environment import CACHE
 from triattention_vllm.errors import SeamError, StatisticsError, TriAttentionError
 from triattention_vllm.method.statistics import Statistics
 
@@ -26,7 +27,7 @@ def calibrate_model(
     arguments of ``vllm.LLM``. Environment variables that quieten vLLM are set where unset.
     """
     with tempfile.TemporaryDirectory(prefix="triattention-") as folder:
-        with _variable("TRIATTENTION_CACHE", folder):
+        with _variable(CACHE, folder):
             _start(model, _settings(calibration_text=calibration_text), engine_arguments)
         files = sorted(Path(folder).glob("*.safetensors"))
         if len(files) != 1:

@@ -19,17 +19,18 @@ from triattention_vllm.tools.blocks_plot import plot_blocks
 from triattention_vllm.tools.demo_display import Display, comparison
 from triattention_vllm.tools.load import Timeline, put_under_load
 from triattention_vllm.tools.reasoner import (
-    CALIBRATION_TEXT,
     LONGEST_PROMPT,
     MAX_MODEL_LEN,
     MODEL,
+    POOL_MEBIBYTES,
+    SERVE_ARGUMENTS,
+    compression,
+    environment,
     problems,
     right_share,
 )
 from triattention_vllm.tools.server import serving
 
-BLOCK_SIZE = 32
-POOL_MEBIBYTES = 12
 SHORT_MAX_LEN = 2048
 LONG_MAX_LEN = MAX_MODEL_LEN
 
@@ -51,15 +52,9 @@ class Run:
     def all_arguments(self) -> list[str]:
         """Everything behind ``vllm serve MODEL``."""
         return [
-            "--served-model-name=tiny",
-            "--dtype=float32",
-            "--enforce-eager",
-            "--distributed-executor-backend=uni",
+            *SERVE_ARGUMENTS,
             "--max-num-seqs=16",
             "--stream-interval=16",
-            "--max-num-batched-tokens=512",
-            f"--block-size={BLOCK_SIZE}",
-            f"--kv-cache-memory-bytes={POOL_MEBIBYTES << 20}",
             f"--max-model-len={self.max_model_len}",
             *self.arguments,
         ]
@@ -98,14 +93,9 @@ def run(args: argparse.Namespace) -> int:
         f"Everything goes to {args.output}/.",
         highlight=False,
     )
-    compression = (
-        "--kv-compression=triattention",
-        f"--kv-compression-config.budget={args.budget}",
-        f"--kv-compression-config.calibration_text={CALIBRATION_TEXT}",
-    )
     runs = [
         Run("full attention", SHORT_MAX_LEN),
-        Run(f"budget {args.budget}", LONG_MAX_LEN, compression),
+        Run(f"budget {args.budget}", LONG_MAX_LEN, compression(args.budget)),
     ]
     try:
         with _ended_like_ctrl_c():
@@ -142,13 +132,8 @@ def _show_refusal(console: Console, output: Path) -> None:
 def _measure(console: Console, one: Run, args: argparse.Namespace) -> Timeline:
     """Start one server, put it under load, stop it."""
     _announce(console, one)
-    # A thread of its own for so small a model would only take the cores from the clients.
-    environment = {
-        "TRIATTENTION_CACHE": str((args.output / "cache").resolve()),
-        "OMP_NUM_THREADS": "1",
-    }
-    log_path = args.output / one.log_name
-    with serving(MODEL, one.all_arguments, log_path, environment=environment) as server:
+    log_path, variables = args.output / one.log_name, environment(args.output)
+    with serving(MODEL, one.all_arguments, log_path, environment=variables) as server:
         for line in server.log().splitlines():
             _, found, line_of_ours = line.partition("KV compression is on")
             if found:

@@ -10,6 +10,7 @@ from statistics import median
 from openai import OpenAI, OpenAIError
 
 from triattention_vllm.errors import TriAttentionError
+from triattention_vllm.tools.reasoner import SERVED_NAME
 from triattention_vllm.tools.server import PoolState, Server
 
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -81,7 +82,7 @@ def put_under_load(
 
     def stream(client_idx: int) -> None:
         chunks = client.chat.completions.create(
-            model="tiny",
+            model=SERVED_NAME,
             messages=[{"role": "user", "content": prompts[client_idx]}],
             max_tokens=answer_tokens,
             temperature=0.0,

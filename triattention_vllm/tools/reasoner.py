@@ -9,11 +9,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from triattention_vllm.environment import CACHE
+
 MODEL = Path(__file__).parents[1] / "reasoner"
 CALIBRATION_TEXT = MODEL / "calibration.txt"
 MAX_MODEL_LEN = 8192
 LONGEST_PROMPT = 320
 """No prompt of ``problems`` has more tokens."""
+SERVED_NAME = "tiny"
+POOL_MEBIBYTES = 12
+SERVE_ARGUMENTS = (
+    f"--served-model-name={SERVED_NAME}",
+    "--dtype=float32",
+    "--enforce-eager",
+    "--distributed-executor-backend=uni",
+    "--block-size=32",
+    f"--kv-cache-memory-bytes={POOL_MEBIBYTES << 20}",
+    "--max-num-batched-tokens=512",
+)
+"""Behind ``vllm serve MODEL``: a small pool on two CPU cores."""
+
+
+def compression(budget: int) -> tuple[str, ...]:
+    """The flags that turn compression on, for ``budget`` tokens a request."""
+    return (
+        "--kv-compression=triattention",
+        f"--kv-compression-config.budget={budget}",
+        f"--kv-compression-config.calibration_text={CALIBRATION_TEXT}",
+    )
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Variables of a server whose statistics are kept in ``folder``. A thread of its own for so
+    small a model would only take the cores from the clients."""
+    return {CACHE: str((folder / "cache").resolve()), "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)

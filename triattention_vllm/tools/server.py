@@ -15,11 +15,12 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from triattention_vllm.environment import ALLOW_UNTESTED_VLLM
+from triattention_vllm.config import ENVIRONMENT_PREFIX
+from triattention_vllm.environment import ALLOW_UNTESTED_VLLM, AUTHORS_ENABLE, AUTHORS_PREFIX
 from triattention_vllm.errors import TriAttentionError
 from triattention_vllm.tools.cpu_install import INSTALL_VLLM
 
-_OWN_PREFIXES = ("TRIATTENTION_", "TRIATTN_", "ENABLE_TRIATTENTION")
+_OWN_PREFIXES = (ENVIRONMENT_PREFIX, AUTHORS_PREFIX, AUTHORS_ENABLE)
 _SECONDS_TO_STOP = 30.0
 
 

@@ -5,34 +5,23 @@ reasoner of this package, lets it answer once and draws that.
 """
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 
 from triattention_vllm.errors import SettingsError
 from triattention_vllm.tools.garage_page import write_page
 from triattention_vllm.tools.reasoner import (
-    CALIBRATION_TEXT,
     LONGEST_PROMPT,
     MAX_MODEL_LEN,
     MODEL,
+    SERVE_ARGUMENTS,
+    SERVED_NAME,
+    compression,
+    environment,
     problems,
 )
 from triattention_vllm.tools.recording import read_recording, request_recording, requests_of
 from triattention_vllm.tools.terminal import console, say, table
 
-_EXAMPLE_ARGUMENTS = (
-    "--served-model-name=tiny",
-    "--dtype=float32",
-    "--enforce-eager",
-    "--distributed-executor-backend=uni",
-    f"--max-model-len={MAX_MODEL_LEN}",
-    "--block-size=32",
-    "--kv-cache-memory-bytes=12M",
-    "--max-num-batched-tokens=512",
-    "--kv-compression=triattention",
-    "--kv-compression-config.interval=64",
-    f"--kv-compression-config.calibration_text={CALIBRATION_TEXT}",
-)
 _MOST_TOKENS = MAX_MODEL_LEN - LONGEST_PROMPT
 
 
@@ -81,11 +70,10 @@ def run(args: argparse.Namespace) -> int:
     pictures = args.plot or [recorded.with_name("garage.png")]
     for picture in pictures:
         plot_garage(recording, picture)
-    full = -(-recording.num_tokens // recording.block_size)
     say(
         out,
         f"Request {recording.request}: {recording.num_tokens:,} tokens in {recording.most_held} "
-        f"blocks at most instead of {full}; {len(recording.rounds)} rounds freed "
+        f"blocks at most instead of {recording.num_full}; {len(recording.rounds)} rounds freed "
         f"{recording.num_freed} blocks.",
     )
     for file in (page, *pictures):
@@ -105,18 +93,17 @@ def record_example(folder: Path, budget: int, answer_tokens: int) -> Path:
     recorded = folder / "rounds.jsonl"
     recorded.unlink(missing_ok=True)
     arguments = [
-        *_EXAMPLE_ARGUMENTS,
-        f"--kv-compression-config.budget={budget}",
+        *SERVE_ARGUMENTS,
+        f"--max-model-len={MAX_MODEL_LEN}",
+        *compression(budget),
+        "--kv-compression-config.interval=64",
         f"--kv-compression-config.trace={recorded.resolve()}",
     ]
-    environment: Mapping[str, str] = {
-        "TRIATTENTION_CACHE": str((folder / "cache").resolve()),
-        "OMP_NUM_THREADS": "1",
-    }
-    with serving(MODEL, arguments, folder / "server.log", environment=environment) as server:
+    log_path, variables = folder / "server.log", environment(folder)
+    with serving(MODEL, arguments, log_path, environment=variables) as server:
         client = OpenAI(base_url=server.api_url, api_key="none", max_retries=0, timeout=900)
         client.chat.completions.create(
-            model="tiny",
+            model=SERVED_NAME,
             messages=[{"role": "user", "content": problems()[0].prompt}],
             max_tokens=answer_tokens,
             temperature=0.0,
