@@ -87,7 +87,8 @@ def test_the_longest_segment_leaves_room_for_a_draft_model() -> None:
 class RecordingWorker:
     """Takes steps as vLLM's worker does: sampling follows where execute_model returns None."""
 
-    def __init__(self) -> None:
+    def __init__(self, **limits: int) -> None:
+        self.vllm_config = engine_config(**limits)
         self.steps: list[SchedulerOutput] = []
         self.num_sampled = 0
 
@@ -101,8 +102,8 @@ class RecordingWorker:
 
 
 def test_a_segment_is_one_request_that_is_finished_afterwards() -> None:
-    worker = RecordingWorker()
-    run_segment(worker, list(range(100)), engine_config(num_lookahead_tokens=5), pool(50, 16, 32))
+    worker = RecordingWorker(num_lookahead_tokens=5)
+    run_segment(worker, list(range(100)), pool(50, 16, 32))
     step, finish = worker.steps
     (request,) = step.scheduled_new_reqs
     assert step.num_scheduled_tokens == {request.req_id: 100}
@@ -120,7 +121,7 @@ def test_a_segment_draws_no_seed_of_the_users_requests(monkeypatch: pytest.Monke
     sampled. Model runner V2 draws the seeds of requests that name none from one generator."""
     monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)
     worker, states = RecordingWorker(), SamplingStates(max_num_reqs=2, vocab_size=10)
-    run_segment(worker, [1, 2, 3], engine_config(), pool(50, 16))
+    run_segment(worker, [1, 2, 3], pool(50, 16))
     (segment,) = worker.steps[0].scheduled_new_reqs
 
     def drawn(*first: SamplingParams) -> int:
@@ -140,7 +141,7 @@ def test_the_request_is_finished_also_where_its_step_fails() -> None:
 
     worker = FailingWorker()
     with pytest.raises(RuntimeError, match="out of memory"):
-        run_segment(worker, [1, 2, 3], engine_config(), pool(50, 16))
+        run_segment(worker, [1, 2, 3], pool(50, 16))
     assert len(worker.steps[-1].finished_req_ids) == 1
 
 

@@ -6,12 +6,14 @@ tokens, so the kernel reads exactly the cached tokens. Slot mapping, positions a
 computed from the unshifted row and stay as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from triattention_kernels import shift_rows
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -172,3 +174,16 @@ class ObservedQueries:
             output_block_scale,
         )
         return result
+
+
+@contextmanager
+def queries_shown(layers: Sequence[Attention], observer: QueryObserver) -> Iterator[None]:
+    """``observer`` sees the queries of these layers, which have our implementations, inside the
+    block and not after it."""
+    try:
+        for layer in layers:
+            layer.impl.query_observer = observer
+        yield
+    finally:
+        for layer in layers:
+            layer.impl.query_observer = None

@@ -6,10 +6,9 @@ serves is calibrated as it runs.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 import vllm
@@ -23,8 +22,9 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from triattention_vllm import __version__
+from triattention_vllm.engine.attention import queries_shown
 from triattention_vllm.engine.calibration_run import (
-    StepWorker,
+    EngineWorker,
     longest_segment,
     run_segment,
     split_evenly,
@@ -40,14 +40,8 @@ MIN_TOKENS = 256
 _CHUNK = 256
 
 
-class CalibratedWorker(StepWorker, Protocol):
-    """What is used of vLLM's Worker, besides its steps."""
-
-    vllm_config: VllmConfig
-
-
 def calibrate(
-    worker: CalibratedWorker,
+    worker: EngineWorker,
     kv_cache_config: KVCacheConfig,
     layer_names: Sequence[str],
     rotary: Rotary,
@@ -72,7 +66,7 @@ def calibrate(
     with recorder.recording():
         for segment in tqdm(segments, desc="Calibrating", unit="segment", disable=hidden):
             recorder.begin_segment()
-            run_segment(worker, segment, vllm_config, kv_cache_config)
+            run_segment(worker, segment, kv_cache_config)
             recorder.check_segment(len(segment))
     first_head = get_tensor_model_parallel_rank() * recorder.num_heads
     return merge_shards(
@@ -146,16 +140,9 @@ class _QueryRecorder:
             self.num_heads, some.head_size, rotary.rotary_dims
         )
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self) -> AbstractContextManager[None]:
         """Observe every layer inside the block, none after it."""
-        try:
-            for layer in self._layers.values():
-                layer.impl.query_observer = self._observe
-            yield
-        finally:
-            for layer in self._layers.values():
-                layer.impl.query_observer = None
+        return queries_shown(list(self._layers.values()), self._observe)
 
     def begin_segment(self) -> None:
         """Positions count from 0 again."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Protocol
 
+from torch import nn
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
@@ -22,8 +23,14 @@ from triattention_vllm.errors import StatisticsError, UnsupportedError
 _MIN_SEGMENT = 64
 
 
-class StepWorker(Protocol):
-    """What is used of vLLM's Worker: one scheduler step is execute_model, then sample_tokens."""
+class EngineWorker(Protocol):
+    """What is used of vLLM's Worker: its configuration, its model and its steps, each of which is
+    execute_model, then sample_tokens."""
+
+    vllm_config: VllmConfig
+
+    def get_model(self) -> nn.Module:
+        """The loaded model."""
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> object:
         """None where sampling has to follow."""
@@ -63,17 +70,13 @@ def split_evenly(tokens: list[int], first: list[int], longest: int) -> list[list
     return [first + tokens[start:end] for start, end in pairwise(ends)]
 
 
-def run_segment(
-    worker: StepWorker,
-    tokens: list[int],
-    vllm_config: VllmConfig,
-    kv_cache_config: KVCacheConfig,
-) -> None:
+def run_segment(worker: EngineWorker, tokens: list[int], kv_cache_config: KVCacheConfig) -> None:
     """Prefill ``tokens`` at positions 0, 1, ... in one step, then finish the request.
 
     Takes the first blocks of the KV pool, which no request may hold yet, and leaves no request
     behind. Collective over all ranks of the engine, like every step.
     """
+    vllm_config = worker.vllm_config
     step = SchedulerOutput.make_empty()
     step.scheduled_new_reqs = [_request(tokens, vllm_config, kv_cache_config)]
     step.num_scheduled_tokens = {_REQUEST_ID: len(tokens)}

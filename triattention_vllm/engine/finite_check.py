@@ -10,8 +10,8 @@ from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from triattention_vllm.engine.calibration import CalibratedWorker
-from triattention_vllm.engine.calibration_run import run_segment
+from triattention_vllm.engine.attention import queries_shown
+from triattention_vllm.engine.calibration_run import EngineWorker, run_segment
 from triattention_vllm.engine.ranks import gather_from_all_ranks
 from triattention_vllm.errors import UnsupportedError
 
@@ -19,7 +19,7 @@ _NUM_TOKENS = 8
 
 
 def refuse_nan(
-    worker: CalibratedWorker, kv_cache_config: KVCacheConfig, layer_names: Sequence[str]
+    worker: EngineWorker, kv_cache_config: KVCacheConfig, layer_names: Sequence[str]
 ) -> None:
     """Raise UnsupportedError, on every rank, where queries of these layers are NaN or infinite.
 
@@ -33,13 +33,8 @@ def refuse_nan(
         if not bool(query.isfinite().all()):
             not_finite.append(layer_name)
 
-    try:
-        for name in layer_names:
-            layers[name].impl.query_observer = observe
-        run_segment(worker, list(range(_NUM_TOKENS)), worker.vllm_config, kv_cache_config)
-    finally:
-        for name in layer_names:
-            layers[name].impl.query_observer = None
+    with queries_shown([layers[name] for name in layer_names], observe):
+        run_segment(worker, list(range(_NUM_TOKENS)), kv_cache_config)
     found = [name for names in gather_from_all_ranks(not_finite) for name in names]
     if found:
         raise UnsupportedError(

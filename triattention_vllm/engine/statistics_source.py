@@ -3,14 +3,13 @@
 import hashlib
 import logging
 from collections.abc import Sequence
-from typing import Protocol
 
-from torch import nn
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine import cache_folder
-from triattention_vllm.engine.calibration import CalibratedWorker, calibrate
+from triattention_vllm.engine.calibration import calibrate
+from triattention_vllm.engine.calibration_run import EngineWorker
 from triattention_vllm.engine.fingerprint import model_fingerprint, weights_hash
 from triattention_vllm.engine.ranks import is_first_rank, on_first_rank
 from triattention_vllm.engine.rotary import read_rotary
@@ -27,13 +26,6 @@ REPLACED = (
 )
 
 
-class ModelWorker(CalibratedWorker, Protocol):
-    """What is used of vLLM's Worker: its steps, its configuration and its model."""
-
-    def get_model(self) -> nn.Module:
-        """The loaded model."""
-
-
 class StatisticsSource:
     """Statistics of one worker's model, found when the model is loaded or made after warm-up.
 
@@ -44,7 +36,9 @@ class StatisticsSource:
     description: where the statistics come from, in a few words.
     """
 
-    def __init__(self, worker: ModelWorker, layer_names: Sequence[str], settings: Settings) -> None:
+    def __init__(
+        self, worker: EngineWorker, layer_names: Sequence[str], settings: Settings
+    ) -> None:
         """Read the model's rotary parameters and look for its statistics.
 
         Raises UnsupportedError or SeamError for a rotary embedding that cannot be read,
