@@ -53,9 +53,14 @@ class StoredKV:
             return PagedKV.from_scaled_blocks(blocks, torch.int8)
         if mode == KVQuantMode.FP8_PER_TOKEN_HEAD:
             return PagedKV.from_scaled_blocks(blocks, cls.fp8_dtype(layer.kv_cache_dtype))
-        if mode == KVQuantMode.FP8_PER_TENSOR:
-            blocks = blocks.view(cls.fp8_dtype(layer.kv_cache_dtype))
-        return PagedKV.from_blocks(blocks)
+        return PagedKV.from_blocks(cls.numbers(blocks, layer))
+
+    @classmethod
+    def numbers(cls, blocks: Tensor, layer: Attention) -> Tensor:
+        """The blocks; bytes of fp8 that have no scales of their own as what they stand for."""
+        if get_kv_quant_mode(layer.kv_cache_dtype) == KVQuantMode.FP8_PER_TENSOR:
+            return blocks.view(cls.fp8_dtype(layer.kv_cache_dtype))
+        return blocks
 
 
 def fp8_by_name(cache_dtype: str) -> torch.dtype:

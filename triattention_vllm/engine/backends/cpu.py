@@ -10,7 +10,6 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from triattention_vllm.engine.attention import ObservedQueries, ShiftedRows
 from triattention_vllm.engine.differences import cpu_packing
@@ -55,6 +54,4 @@ class CompressedCPUBackend(StoredKV, CPUAttentionBackend):
                 f"the CPU attention backend packs its KV cache for {isa!r}; this package reads "
                 f"{sorted(CPU_LAYOUTS)}; run on an x86 machine or without --kv-compression"
             )
-        if get_kv_quant_mode(layer.kv_cache_dtype) == KVQuantMode.FP8_PER_TENSOR:
-            blocks = blocks.view(cls.fp8_dtype(layer.kv_cache_dtype))
-        return PagedKV.from_cpu_layout(blocks, CPU_LAYOUTS[isa])
+        return PagedKV.from_cpu_layout(cls.numbers(blocks, layer), CPU_LAYOUTS[isa])

@@ -9,7 +9,6 @@ from vllm.v1.attention.backends.rocm_attn import (
     RocmAttentionImpl,
     RocmAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from triattention_vllm.engine.attention import ObservedQueries, ShiftedRows
 from triattention_vllm.engine.stored_kv import StoredKV, one_fp8_only
@@ -53,6 +52,4 @@ class CompressedRocmBackend(StoredKV, RocmAttentionBackend):
 
         Source: ``PagedAttention.split_kv_cache``.
         """
-        if get_kv_quant_mode(layer.kv_cache_dtype) == KVQuantMode.FP8_PER_TENSOR:
-            blocks = blocks.view(cls.fp8_dtype(layer.kv_cache_dtype))
-        return PagedKV.from_rocm_layout(blocks, layer.num_kv_heads)
+        return PagedKV.from_rocm_layout(cls.numbers(blocks, layer), layer.num_kv_heads)
