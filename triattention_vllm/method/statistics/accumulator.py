@@ -1,13 +1,12 @@
 """Statistics from queries, one batch at a time."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
 
 from triattention_vllm.errors import StatisticsError
-from triattention_vllm.method.statistics.file import SCHEMA_VERSION
+from triattention_vllm.method.statistics.file import new_provenance
 from triattention_vllm.method.statistics.fingerprint import Fingerprint
 from triattention_vllm.method.statistics.statistics import Statistics
 
@@ -86,11 +85,5 @@ class StatisticsAccumulator:
             centre_imag=centre.imag.float(),
             magnitude=(self._magnitude_sums / num_tokens).float(),
             unrotated_mean=(self._unrotated_sums / num_tokens).float(),
-            provenance={
-                "tokens_seen": str(min(self._num_tokens)),
-                "text": text,
-                "versions": versions,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "schema_version": SCHEMA_VERSION,
-            },
+            provenance=new_provenance(str(min(self._num_tokens)), text, versions),
         )

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -20,6 +21,17 @@ SCHEMA_VERSION = "2"
 MAKE_ANOTHER = "run `triattention calibrate --model MODEL --output FILE` to make another"
 _FORMAT = "triattention-statistics"
 _MEMBERS = ("content_hash", "fingerprint", "provenance")
+
+
+def new_provenance(tokens_seen: str, text: str, versions: str) -> dict[str, str]:
+    """How statistics that are made now came to be. tokens_seen: a number of them, or "unknown"."""
+    return {
+        "tokens_seen": tokens_seen,
+        "text": text,
+        "versions": versions,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "schema_version": SCHEMA_VERSION,
+    }
 
 
 def write_file(

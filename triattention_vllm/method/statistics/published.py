@@ -4,14 +4,13 @@ import os
 import pickle
 import re
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triattention_vllm.errors import StatisticsError
-from triattention_vllm.method.statistics.file import SCHEMA_VERSION
+from triattention_vllm.method.statistics.file import new_provenance
 from triattention_vllm.method.statistics.fingerprint import Fingerprint
 from triattention_vllm.method.statistics.statistics import Statistics
 
@@ -150,13 +149,11 @@ def _statistics(
         centre_imag=stacked["q_mean_imag"],
         magnitude=stacked["q_abs_mean"],
         unrotated_mean=torch.zeros(len(layer_indices), num_heads, fingerprint.head_dim),
-        provenance={
-            "tokens_seen": "unknown",
-            "text": f"imported from {name} (model {metadata.get('model_name', 'unknown')})",
-            "versions": f"torch {torch.__version__}",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "schema_version": SCHEMA_VERSION,
-        },
+        provenance=new_provenance(
+            "unknown",
+            f"imported from {name} (model {metadata.get('model_name', 'unknown')})",
+            f"torch {torch.__version__}",
+        ),
     )
 
 
