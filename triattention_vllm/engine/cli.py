@@ -7,7 +7,7 @@ parser gains one group, and the configuration that vLLM built is returned as it 
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, wraps
 from types import FunctionType
 from typing import Any
@@ -15,16 +15,12 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from triattention_vllm.config import (
-    ADDITIONAL_CONFIG_KEY,
-    OFF,
-    Settings,
-    descriptions,
-)
+from triattention_vllm.config import OFF, Settings, descriptions
 from triattention_vllm.engine.metrics_folder import share_metrics_folder
 from triattention_vllm.engine.other_plugins import refuse_authors_plugin
+from triattention_vllm.engine.settings import additional_settings, with_settings
 from triattention_vllm.engine.versions import require_attributes, require_verified, vllm_version
-from triattention_vllm.errors import SettingsError, UnsupportedError
+from triattention_vllm.errors import UnsupportedError
 from triattention_vllm.settings_text import settings_help
 from triattention_vllm.sources import merge, resolve_settings
 
@@ -93,33 +89,6 @@ def flags_of(args: argparse.Namespace) -> dict[str, object]:
     given = vars(args)
     method = given.get("kv_compression")
     return merge({} if method is None else {"method": method}, given.get("kv_compression_config"))
-
-
-def additional_settings(additional_config: object) -> Mapping[str, object] | None:
-    """What ``additional_config`` says about KV compression, or None where it says nothing.
-
-    vLLM also takes an object of a platform's own class there: nothing of ours is in that.
-    """
-    if not isinstance(additional_config, dict) or ADDITIONAL_CONFIG_KEY not in additional_config:
-        return None
-    given = additional_config[ADDITIONAL_CONFIG_KEY]
-    if not isinstance(given, Mapping):
-        raise SettingsError(
-            f'additional_config["{ADDITIONAL_CONFIG_KEY}"] is {given!r}, allowed is a mapping of '
-            f'settings such as {{"method": "triattention", "budget": 2048}}.'
-        )
-    return given
-
-
-def with_settings(additional_config: object, mapping: Mapping[str, object]) -> dict[str, Any]:
-    """A copy of ``additional_config`` that carries ``mapping``; the original stays as it is,
-    because vLLM shares it between engine arguments and parsed flags."""
-    if not isinstance(additional_config, dict):
-        raise SettingsError(
-            f"additional_config is a {type(additional_config).__name__}, but KV compression "
-            "travels in it and needs a dict."
-        )
-    return {**additional_config, ADDITIONAL_CONFIG_KEY: dict(mapping)}
 
 
 def turn_on(vllm_config: VllmConfig, settings: Settings) -> None:
