@@ -62,13 +62,13 @@ def refuse_request(
         capacity = _CAPACITIES.get(vllm_config.instance_id)
         if capacity is not None:
             capacity.check_budget(asked, settings)
-        if capacity is not None and num_prompt_tokens is not None:
-            unbounded = resumable or params.max_tokens is None
-            max_tokens = capacity.max_model_len if unbounded else params.max_tokens
-            capacity.check_length(asked, settings, num_prompt_tokens, max_tokens)
-        if has_media and num_prompt_tokens is not None and settings.needs_statistics:
-            unbounded = resumable or params.max_tokens is None
-            max_tokens = None if unbounded else params.max_tokens
+        if num_prompt_tokens is None:
+            return
+        max_tokens = None if resumable else params.max_tokens
+        if capacity is not None:
+            most = capacity.max_model_len if max_tokens is None else max_tokens
+            capacity.check_length(asked, settings, num_prompt_tokens, most)
+        if has_media and settings.needs_statistics:
             check_media(asked, settings, vllm_config.model_config, num_prompt_tokens, max_tokens)
     except RequestError as error:
         raise VLLMValidationError(str(error), parameter=error.key) from error

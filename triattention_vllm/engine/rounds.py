@@ -9,6 +9,7 @@ from triattention_kernels import PagedKV, RoundBatch, compact, forward_groups, m
 from triattention_kernels.host_copy import on_device
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.math_utils import cdiv
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_layout import paged_kv
@@ -78,7 +79,7 @@ class Rounds(ABC):
     def warm_up(self, group_id: int, policy: Policy, num_blocks: int) -> None:
         """Rounds of the first blocks, which no request may hold yet: onto themselves, and onto one
         another, whose tokens go through scratch memory by other code."""
-        region = min(-(-(policy.budget + policy.interval) // policy.block_size), num_blocks - 1)
+        region = min(cdiv(policy.budget + policy.interval, policy.block_size), num_blocks - 1)
         blocks = tuple(range(1, region + 1))
         num_kept = max(1, region - 1)
         for destination in (blocks[:num_kept], blocks[-num_kept:]):
@@ -304,8 +305,3 @@ def triattention_scorer(
         offsets=offsets_of(settings.score_offsets, max_model_len),
         norm_term=settings.score_norm_term == "full",
     )
-
-
-def draft_rounds(layers: Sequence[Attention], block_size: int) -> DraftRounds:
-    """The rounds of a group's layers of a draft model."""
-    return DraftRounds(paged_kv(layers, block_size), block_size)

@@ -90,7 +90,7 @@ class CompressionScheduler(Scheduler):
         if metrics is not None:
             log = PeriodicLog(envs.VLLM_LOG_STATS_INTERVAL)
             self.step_counts = StepCounts(self.compressed_managers, metrics, log)
-        self.trace = step_trace(self.vllm_config, self.compressed_managers)
+        self.trace = step_trace(self.vllm_config, self.settings, self.compressed_managers)
 
     def add_request(self, request: Request) -> None:
         """vLLM's own, for a request whose wishes can be served."""

@@ -153,10 +153,7 @@ def group_capacity(vllm_config: VllmConfig, config: KVCacheConfig) -> Capacity:
     of it, behind what all others need for a request of ``max_model_len``."""
     own = _compressed_specs(config)
     others = sum(
-        cdiv(
-            group.kv_cache_spec.max_memory_usage_bytes(vllm_config),
-            group.kv_cache_spec.page_size_bytes,
-        )
+        blocks_without_compression(group.kv_cache_spec, vllm_config)
         for group in config.kv_cache_groups
         if not isinstance(_layer_specs(group.kv_cache_spec)[0], CompressedAttentionSpec)
     )
@@ -167,6 +164,11 @@ def group_capacity(vllm_config: VllmConfig, config: KVCacheConfig) -> Capacity:
         max_in_flight_tokens=own[0].max_in_flight_tokens,
         num_lookahead_tokens=vllm_config.num_lookahead_tokens,
     )
+
+
+def blocks_without_compression(spec: KVCacheSpec, vllm_config: VllmConfig) -> int:
+    """Most blocks that one request holds in a group that is not compressed."""
+    return cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes)
 
 
 def _compressed_specs(config: KVCacheConfig) -> list[CompressedAttentionSpec]:

@@ -2,10 +2,10 @@
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.spec import compressed_spec
+from triattention_vllm.engine.spec import blocks_without_compression, compressed_spec
 
 
 def startup_line(
@@ -27,7 +27,7 @@ def startup_line(
     for group in kv_cache_config.kv_cache_groups:
         spec = compressed_spec(group)
         if spec is None:
-            other = _blocks_without_compression(group.kv_cache_spec, vllm_config)
+            other = blocks_without_compression(group.kv_cache_spec, vllm_config)
             full, decode, prefill = full + other, decode + other, prefill + other
             continue
         num_groups, sizes = num_groups + 1, sizes | {spec.block_size}
@@ -50,8 +50,3 @@ def startup_line(
         f"blocks holds {usable // decode} requests of {max_len} tokens, {usable // full} without "
         "compression."
     )
-
-
-def _blocks_without_compression(spec: KVCacheSpec, vllm_config: VllmConfig) -> int:
-    """Most blocks that one request holds in a group that is not compressed."""
-    return cdiv(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes)

@@ -17,7 +17,6 @@ from vllm.v1.request import Request
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_manager import CompressedKVCacheManager, RoundPlan
-from triattention_vllm.engine.settings import settings_of
 from triattention_vllm.errors import RecordingError
 from triattention_vllm.log import logger
 
@@ -145,21 +144,22 @@ class SurvivorTrace:
 
 
 def step_trace(
-    vllm_config: VllmConfig, managers: Sequence[CompressedKVCacheManager]
+    vllm_config: VllmConfig, settings: Settings, managers: Sequence[CompressedKVCacheManager]
 ) -> StepTrace | None:
     """The scheduler's part, where the settings name a file."""
-    settings, lines = settings_of(vllm_config), _lines(vllm_config)
-    return None if settings is None or lines is None else StepTrace(lines, settings, managers)
+    lines = _lines(vllm_config, settings)
+    return None if lines is None else StepTrace(lines, settings, managers)
 
 
-def survivor_trace(vllm_config: VllmConfig, block_size: int) -> SurvivorTrace | None:
+def survivor_trace(
+    vllm_config: VllmConfig, settings: Settings, block_size: int
+) -> SurvivorTrace | None:
     """The first worker's part, where the settings name a file."""
-    lines = _lines(vllm_config)
+    lines = _lines(vllm_config, settings)
     return None if lines is None else SurvivorTrace(lines, block_size)
 
 
-def _lines(vllm_config: VllmConfig) -> Lines | None:
-    settings = settings_of(vllm_config)
-    if settings is None or settings.trace_path is None:
+def _lines(vllm_config: VllmConfig, settings: Settings) -> Lines | None:
+    if settings.trace_path is None:
         return None
     return Lines(settings.trace_path, vllm_config.parallel_config.data_parallel_index)

@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.distributed.parallel_state import get_world_group
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -20,19 +19,14 @@ from triattention_vllm.engine.attention import BACKENDS, ShiftedRows, override_b
 from triattention_vllm.engine.differences import JIT_MONITOR_CAN_WAIT, with_one_allocation
 from triattention_vllm.engine.drafts import draft_attention_groups, draft_layer_names
 from triattention_vllm.engine.finite_check import refuse_nan
+from triattention_vllm.engine.kv_layout import paged_kv
 from triattention_vllm.engine.kv_manager import RoundPlan
 from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.null_heads import NullHeads
+from triattention_vllm.engine.ranks import is_first_rank
 from triattention_vllm.engine.refusals import layers_sharing_a_cache, refuse_unsupported_layers
 from triattention_vllm.engine.round_time import RoundTime
-from triattention_vllm.engine.rounds import (
-    DraftRounds,
-    Rounds,
-    TargetRounds,
-    draft_rounds,
-    runs,
-    target_rounds,
-)
+from triattention_vllm.engine.rounds import DraftRounds, Rounds, TargetRounds, runs, target_rounds
 from triattention_vllm.engine.rows import Rows, RowsV1, RowsV2
 from triattention_vllm.engine.scheduler import RoundsSchedulerOutput
 from triattention_vllm.engine.settings import settings_of
@@ -149,7 +143,7 @@ class CompressionWorker(Worker):
         # Behind its own warm-up vLLM can be told to refuse steps that wait for the device.
         with gpu_sync_allowed():
             self._make_rounds()
-        if get_world_group().rank_in_group == 0:
+        if is_first_rank():
             source = self.statistics_source
             logger.info(
                 startup_line(
@@ -188,10 +182,14 @@ class CompressionWorker(Worker):
                 )
                 if self.rank == 0:
                     rounds = self.rounds[group_id]
-                    rounds.trace = survivor_trace(self.vllm_config, rounds.kv.block_size)
+                    rounds.trace = survivor_trace(
+                        self.vllm_config, self.settings, rounds.kv.block_size
+                    )
                 self._observe_queries(group_id, own)
             if drafts:
-                self.draft_rounds[group_id] = draft_rounds(drafts, spec.block_size)
+                self.draft_rounds[group_id] = DraftRounds(
+                    paged_kv(drafts, spec.block_size), spec.block_size
+                )
 
     def _observe_queries(self, group_id: int, layer_names: Sequence[str]) -> None:
         """From now on show the queries of every step to a scorer that looks at them."""
