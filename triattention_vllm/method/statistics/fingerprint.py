@@ -1,9 +1,9 @@
 """Which model a set of statistics belongs to."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from reprlib import Repr
-from typing import Any
 
 from triattention_vllm.errors import StatisticsError
 
@@ -121,19 +121,16 @@ class Fingerprint:
             raise StatisticsError(
                 f"the model fingerprint has members {found}; it must have {sorted(names)}"
             )
-        return cls(
-            architecture=_text_or_none(members, "architecture"),
-            layer_indices=_integers(members, "layer_indices"),
-            num_heads=_integer(members, "num_heads"),
-            num_kv_heads=None
-            if members["num_kv_heads"] is None
-            else _integer(members, "num_kv_heads"),
-            head_dim=_integer(members, "head_dim"),
-            rotary_dims=_integers(members, "rotary_dims"),
-            interleaved=_boolean(members, "interleaved"),
-            inv_freq_hash=_text_or_none(members, "inv_freq_hash"),
-            weights_hash=_text_or_none(members, "weights_hash"),
-        )
+        for field in fields(cls):
+            value = members[field.name]
+            allowed, fits = _IN_JSON[field.type]
+            if not fits(value):
+                raise StatisticsError(
+                    f"fingerprint member {field.name} is {shown(value)}; it must be {allowed}"
+                )
+            if isinstance(value, list):
+                members[field.name] = tuple(value)
+        return cls(**members)
 
 
 def shown(value: object) -> str:
@@ -162,33 +159,19 @@ def _short(value: object) -> str:
     return f"[{', '.join(items)}]"
 
 
-def _wrong(name: str, value: object, allowed: str) -> StatisticsError:
-    return StatisticsError(f"fingerprint member {name} is {shown(value)}; it must be {allowed}")
+def _is_integer(value: object) -> bool:
+    return type(value) is int  # which true and false are not
 
 
-def _integer(members: dict[str, Any], name: str) -> int:
-    value = members[name]
-    if type(value) is not int:
-        raise _wrong(name, value, "an integer")
-    return value
+def _are_integers(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_integer, value))
 
 
-def _integers(members: dict[str, Any], name: str) -> tuple[int, ...]:
-    value = members[name]
-    if not isinstance(value, list) or any(type(item) is not int for item in value):
-        raise _wrong(name, value, "a list of integers")
-    return tuple(value)
-
-
-def _boolean(members: dict[str, Any], name: str) -> bool:
-    value = members[name]
-    if type(value) is not bool:
-        raise _wrong(name, value, "true or false")
-    return value
-
-
-def _text_or_none(members: dict[str, Any], name: str) -> str | None:
-    value = members[name]
-    if value is not None and not isinstance(value, str):
-        raise _wrong(name, value, "a string or null")
-    return value
+_IN_JSON: dict[object, tuple[str, Callable[[object], bool]]] = {
+    int: ("an integer", _is_integer),
+    int | None: ("an integer or null", lambda value: value is None or _is_integer(value)),
+    tuple[int, ...]: ("a list of integers", _are_integers),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    str | None: ("a string or null", lambda value: value is None or isinstance(value, str)),
+}
+"""Type of a field -> what its member in JSON must be, and whether a value is that."""
