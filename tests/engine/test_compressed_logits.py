@@ -7,46 +7,20 @@ import pytest
 import torch
 from dense_judge import FLOAT32_ERROR
 from dense_reference import DenseReference
-from dense_replay import Replay, engine_steps, replay
 from engine_runs import (
     SMALL,
-    EngineRun,
     ModelFolder,
-    RequestRun,
     assert_pool_is_as_at_the_start,
     largest_error,
     random_prompt,
+    replayed,
     run_engine,
-    statistics_of,
 )
 
-from triattention_vllm.config import Settings
 from triattention_vllm.engine.differences import BLOCKS_ARE_SPLIT_IN_GROUPS
 
 BY_DEFAULT = {"budget": 128, "interval": 32}
 """The window is a quarter of the budget, as where nothing is set."""
-
-
-def replayed(
-    run: EngineRun,
-    request: RequestRun,
-    dense: DenseReference,
-    settings: Settings,
-    max_chunk: int | None = None,
-) -> Replay:
-    """The reference over the engine's tokens; fails where a choice of survivors was wrong."""
-    computed = request.token_ids[:-1]
-    return replay(
-        dense,
-        computed,
-        num_prompt=request.num_prompt,
-        policy=settings.policy(run.block_size),
-        statistics=statistics_of(run),
-        selection=settings.selection,
-        steps=engine_steps(len(computed), request.num_prompt, max_chunk=max_chunk),
-        kept_log=request.kept,
-        redundancy=settings.redundancy,
-    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +52,7 @@ def test_log_probabilities_equal_the_dense_reference_over_many_rounds(
     )
     (request,) = run.requests
     dense = reference(folder)
-    result = replayed(run, request, dense, Settings(**chosen))
+    result = replayed(run, request, dense, chosen)
     assert len(result.rounds) >= 10
     assert request.boundaries == [round_.round.nominal_boundary for round_ in result.rounds]
     assert largest_error(request, result.logprobs) < FLOAT32_ERROR
@@ -102,16 +76,7 @@ def test_bfloat16_in_the_amx_layout_is_as_close_as_full_attention_is(
     full = run_engine(folder, [prompt], 480, None, dtype="bfloat16", max_model_len=2048)
     dense = DenseReference(folder, rounded_to=torch.bfloat16)
     (request,) = run.requests
-    computed = request.token_ids[:-1]
-    result = replay(
-        dense,
-        computed,
-        num_prompt=50,
-        policy=Settings(**SMALL).policy(run.block_size),
-        statistics=statistics_of(run),
-        kept_log=request.kept,
-        tolerance=0.1,
-    )
+    result = replayed(run, request, dense, SMALL, tolerance=0.1)
     assert len(result.rounds) >= 10
     rounding = largest_error(full.requests[0], dense.logprobs(full.requests[0].token_ids[:-1]))
     assert largest_error(request, result.logprobs) < 1.5 * rounding
@@ -138,7 +103,7 @@ def test_blocks_that_vllm_splits_for_the_kernel_are_compressed(
         kernel_block_size=32,
     )
     for request in run.requests:
-        result = replayed(run, request, reference(folder), Settings(**chosen))
+        result = replayed(run, request, reference(folder), chosen)
         assert len(result.rounds) >= 2
         assert largest_error(request, result.logprobs) < FLOAT32_ERROR
     assert_pool_is_as_at_the_start(run)
@@ -160,7 +125,7 @@ def test_requests_of_different_lengths_do_not_touch_each_other(
     )
     dense = reference(folder)
     for request in run.requests:
-        result = replayed(run, request, dense, Settings(**BY_DEFAULT))
+        result = replayed(run, request, dense, BY_DEFAULT)
         assert request.boundaries == [round_.round.nominal_boundary for round_ in result.rounds]
         assert largest_error(request, result.logprobs) < FLOAT32_ERROR
     longest = run.requests[0]
@@ -189,7 +154,7 @@ def test_a_prompt_of_eight_budgets_is_compressed_while_it_is_prefilled(
         max_num_batched_tokens=chunk,
     )
     (request,) = run.requests
-    result = replayed(run, request, reference(folder), Settings(**SMALL), max_chunk=chunk)
+    result = replayed(run, request, reference(folder), SMALL)
     assert len(result.rounds) >= 9
     assert largest_error(request, result.logprobs) < FLOAT32_ERROR
     most = max(num_real for rows in run.steps for _, _, num_real in rows.values())
@@ -254,7 +219,7 @@ def test_a_round_in_a_full_pool_takes_its_own_released_blocks_again(
         num_gpu_blocks_override=8,
     )
     (request,) = run.requests
-    result = replayed(run, request, reference(folder), Settings(**SMALL))
+    result = replayed(run, request, reference(folder), SMALL)
     assert len(result.rounds) > 20
     assert largest_error(request, result.logprobs) < FLOAT32_ERROR
     assert run.num_blocks * run.block_size < len(request.token_ids) < 4096

@@ -3,18 +3,15 @@
 import pytest
 import torch
 from dense_reference import DenseReference, Stored, exactly, fp8_e4m3, fp8_e5m2
-from dense_replay import replay
 from engine_runs import (
     SMALL,
     ModelFolder,
     assert_pool_is_as_at_the_start,
     largest_error,
     random_prompt,
+    replayed,
     run_engine,
-    statistics_of,
 )
-
-from triattention_vllm.config import Settings
 
 HAS_AVX512 = torch.cpu._is_avx512_supported()
 STORED: dict[str, Stored] = {"fp8": fp8_e4m3, "fp8_e5m2": fp8_e5m2}
@@ -41,15 +38,8 @@ def test_a_compressed_fp8_cache_is_scored_and_moved_as_stored(
     (request,) = run.requests
     errors = []
     for stored, tolerance in ((STORED[kv_dtype], 0.01), (exactly, float("inf"))):
-        result = replay(
-            DenseReference(folder, stored=stored),
-            request.token_ids[:-1],
-            num_prompt=50,
-            policy=Settings(**SMALL).policy(run.block_size),
-            statistics=statistics_of(run),
-            kept_log=request.kept,
-            tolerance=tolerance,
-        )
+        dense = DenseReference(folder, stored=stored)
+        result = replayed(run, request, dense, SMALL, tolerance=tolerance)
         errors.append(largest_error(request, result.logprobs))
     assert len(request.kept) >= 5
     assert errors[0] < 0.2 * errors[1]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dense_reference import DenseReference
-from dense_replay import Replay, replay, steps_of
+from dense_replay import Replay
 from engine_runs import (
     SMALL,
     EngineRun,
@@ -16,13 +16,12 @@ from engine_runs import (
     assert_pool_is_as_at_the_start,
     largest_error,
     random_prompt,
+    replayed,
     run_engine,
-    statistics_of,
 )
 from fresh_process import ProcessError
 from vllm_limits import CPU_SINKS_MAY_BE_FLOAT32
 
-from triattention_vllm.config import Settings
 from triattention_vllm.engine.differences import TRANSFORMERS_LAYERS_ARE_IN_THE_TREE
 
 PRESSED = {**SMALL, "when": "pressure", "pressure_start": 1, "pressure_stop": 0}
@@ -30,27 +29,6 @@ PRESSED = {**SMALL, "when": "pressure", "pressure_start": 1, "pressure_stop": 0}
 LONG_PROMPT = 230
 LINEAR = {"budget": 480, "interval": 96, "window": 32}
 """For blocks of 128 tokens, which hold a linear state."""
-
-
-def replayed(
-    run: EngineRun,
-    request: RequestRun,
-    dense: DenseReference,
-    settings: dict[str, Any],
-    tolerance: float = 1e-4,
-) -> Replay:
-    computed = request.token_ids[:-1]
-    return replay(
-        dense,
-        computed,
-        num_prompt=request.num_prompt,
-        policy=Settings(**settings).policy(run.block_size),
-        statistics=statistics_of(run),
-        steps=steps_of(request.starts, len(computed)),
-        kept_log=request.kept,
-        groups=run.groups,
-        tolerance=tolerance,
-    )
 
 
 def assert_no_worse_than_before_the_first_round(request: RequestRun, result: Replay) -> None:

@@ -10,22 +10,20 @@ from typing import Any
 import pytest
 from dense_judge import FLOAT32_ERROR
 from dense_reference import DenseReference
-from dense_replay import replay, steps_of
 from engine_runs import (
     SMALL,
     ModelFolder,
     assert_pool_is_as_at_the_start,
     largest_error,
     random_prompt,
+    replayed,
     run_engine,
-    statistics_of,
 )
 from fresh_process import ProcessError
 from pool_world import IN_WORLD, PoolWorld
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from triattention_vllm.config import Settings
 from triattention_vllm.engine.requests import refuse_request
 
 
@@ -117,8 +115,7 @@ def test_requests_of_one_batch_each_have_their_own_budget(
     """Twice, so that the second time begins with prefix-cache hits; held against the float64
     reference that sees the same tokens, request by request."""
     folder = model_folder("qwen3")
-    settings = Settings(**SMALL)
-    budgets = [None, 256, 112, 0]
+    budgets = [128, 256, 112, 1 << 20]
     asked = [None, {"kv_budget": 256}, {"kv_budget": 112}, {"kv_compression": "off"}]
     run = run_engine(
         folder,
@@ -130,23 +127,9 @@ def test_requests_of_one_batch_each_have_their_own_budget(
         max_model_len=1024,
         max_num_batched_tokens=64,
     )
-    statistics = statistics_of(run)
     for request, budget in zip(run.requests, budgets, strict=True):
-        own = replace(settings, budget=budget) if budget else settings
-        computed = request.token_ids[:-1]
-        policy = own.policy(run.block_size)
-        if budget == 0:
-            policy = replace(policy, budget=1 << 20)
-        result = replay(
-            reference(folder),
-            computed,
-            num_prompt=request.num_prompt,
-            policy=policy,
-            statistics=statistics,
-            steps=steps_of(request.starts, len(computed)),
-            kept_log=request.kept,
-        )
-        assert bool(request.kept) == (budget != 0)
+        result = replayed(run, request, reference(folder), {**SMALL, "budget": budget})
+        assert bool(request.kept) == (budget < 1 << 20)
         assert largest_error(request, result.logprobs) < FLOAT32_ERROR
     assert_pool_is_as_at_the_start(run)
 

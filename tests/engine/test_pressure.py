@@ -10,7 +10,7 @@ import pytest
 import torch
 from dense_judge import FLOAT32_ERROR
 from dense_reference import DenseReference
-from dense_replay import Step, replay
+from dense_replay import Step
 from engine_runs import (
     SMALL,
     EngineRun,
@@ -18,8 +18,8 @@ from engine_runs import (
     assert_pool_is_as_at_the_start,
     largest_error,
     random_prompt,
+    replayed,
     run_engine,
-    statistics_of,
 )
 from pool_world import IN_WORLD, PoolWorld
 
@@ -113,17 +113,9 @@ def test_a_request_longer_than_the_pool_grows_to_the_threshold_between_large_rou
     assert first == 17 * run.block_size - 1
     assert moments[0][1] * run.block_size >= first - 160 - run.block_size
     starts = {start for start, _ in moments}
-    computed = request.token_ids[:-1]
-    edges = [*request.starts, len(computed)]
-    result = replay(
-        reference(folder),
-        computed,
-        num_prompt=request.num_prompt,
-        policy=Settings(**SMALL).policy(run.block_size),
-        statistics=statistics_of(run),
-        steps=[Step(start, end, start if start in starts else 0) for start, end in pairwise(edges)],
-        kept_log=request.kept,
-    )
+    edges = [*request.starts, len(request.token_ids) - 1]
+    steps = [Step(start, end, start if start in starts else 0) for start, end in pairwise(edges)]
+    result = replayed(run, request, reference(folder), SMALL, steps=steps)
     assert largest_error(request, result.logprobs) < FLOAT32_ERROR
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from dense_judge import FLOAT32_ERROR
 from dense_reference import DenseReference, DenseRun
-from dense_replay import replay, steps_of
 from draft_models import (
     write_eagle3_head,
     write_eagle_head,
@@ -26,8 +25,8 @@ from engine_runs import (
     assert_pool_is_as_at_the_start,
     largest_error,
     random_prompt,
+    replayed,
     run_engine,
-    statistics_of,
 )
 from tiny_model import write_tiny_model
 
@@ -61,18 +60,8 @@ def speculate(folder: Path, text: str, config: dict[str, Any], **engine: Any) ->
 
 def assert_equals_the_dense_reference(run: EngineRun, dense: DenseReference) -> None:
     """Rounds at the policy's boundaries over committed tokens, best choices, right answers."""
-    statistics = statistics_of(run)
     for request in run.requests:
-        computed = request.token_ids[:-1]
-        result = replay(
-            dense,
-            computed,
-            num_prompt=request.num_prompt,
-            policy=Settings(**SMALL).policy(run.block_size),
-            statistics=statistics,
-            steps=steps_of(request.starts, len(computed)),
-            kept_log=request.kept,
-        )
+        result = replayed(run, request, dense, SMALL)
         assert len(result.rounds) >= 2
         assert largest_error(request, result.logprobs) < FLOAT32_ERROR
     assert_pool_is_as_at_the_start(run)

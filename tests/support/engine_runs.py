@@ -1,18 +1,20 @@
 """A real vLLM engine in a fresh process: what it generated, and what every round kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
+from dense_reference import DenseReference
+from dense_replay import Replay, replay, steps_of
 from fresh_process import run_fresh
-from observed_engine import statistics_file
+from observed_engine import start_engine, statistics_file
 
+from triattention_vllm.config import Settings
 from triattention_vllm.method.statistics import Statistics
 
-NUM_LOGPROBS = 20
 SMALL: dict[str, Any] = {"budget": 128, "interval": 32, "window": 16}
 """Settings with which rounds begin at 160 tokens."""
 ModelFolder = Callable[[str], Path]
@@ -117,6 +119,29 @@ def statistics_of(run: EngineRun) -> Statistics:
     return Statistics.load(run.statistics)
 
 
+def replayed(
+    run: EngineRun,
+    request: RequestRun,
+    dense: DenseReference,
+    settings: Mapping[str, Any],
+    **how: Any,
+) -> Replay:
+    """The reference over the tokens that the engine computed, in its steps and with its choices;
+    fails where one was no best choice. ``how``: arguments of ``dense_replay.replay``."""
+    chosen = Settings(**settings)
+    computed = request.token_ids[:-1]
+    arguments = {
+        "policy": chosen.policy(run.block_size),
+        "statistics": statistics_of(run),
+        "selection": chosen.selection,
+        "steps": steps_of(request.starts, len(computed)),
+        "kept_log": request.kept,
+        "groups": run.groups,
+        "redundancy": chosen.redundancy,
+    }
+    return replay(dense, computed, num_prompt=request.num_prompt, **arguments | how)
+
+
 def largest_error(request: RequestRun, logprobs: torch.Tensor, end: int | None = None) -> float:
     """Engine against reference, float64 [n, vocab]: over every log-probability that the engine
     returned, or those of the first ``end`` output tokens; NaN where any is."""
@@ -142,20 +167,8 @@ def random_prompt(length: int, seed: int) -> list[int]:
 
 def _generate(job: Job) -> EngineRun:
     """Runs in the engine's process."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    arguments: dict[str, Any] = {
-        "enforce_eager": True,
-        "dtype": "float32",
-        "kv_cache_memory_bytes": 64 << 20,
-        "block_size": 32,
-        "max_logprobs": NUM_LOGPROBS,
-        "disable_log_stats": True,
-        **job.engine,
-    }
-    if job.settings is not None:
-        chosen = {"method": "triattention", **job.settings}
-        arguments["additional_config"] = {"kv_compression": chosen}
     if job.async_scheduling:
         keep_async_scheduling()
     if job.kernel_block_size is not None:
@@ -163,14 +176,14 @@ def _generate(job: Job) -> EngineRun:
 
         sizes = [job.kernel_block_size]
         CPUAttentionBackend.get_supported_kernel_block_sizes = staticmethod(lambda spec=None: sizes)
-    llm = LLM(job.model, **arguments)
+    llm = start_engine(job.model, job.settings, **{"disable_log_stats": True, **job.engine})
     recorder = _Recorder(llm)
     params = [
         SamplingParams(
             max_tokens=n,
             temperature=0.0,
             ignore_eos=True,
-            logprobs=NUM_LOGPROBS,
+            logprobs=20,
             detokenize=False,
             extra_args=extra_args,
         )
