@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from cpu_engine import start_amx
 
 
 @dataclass
@@ -32,9 +33,7 @@ class Side:
     def __init__(self, model: str, arguments: dict[str, Any], settings: dict[str, Any] | None):
         from vllm import LLM
 
-        # An AMX machine may end in an illegal instruction if its first batch is one bf16 token.
-        if torch.cpu._is_amx_tile_supported():
-            torch.cpu._init_amx()
+        start_amx()
         if settings is not None:
             arguments = arguments | {"additional_config": {"kv_compression": settings}}
         self.compresses = settings is not None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_engine import keep_async_scheduling
 
 FOLDER = "SOAK_FOLDER"
 ASYNC = "SOAK_ASYNC"
@@ -38,22 +39,9 @@ def install() -> None:
         return
     CompressionScheduler.soak_is_installed = True
     if os.environ[ASYNC] == "1":
-        _keep_async_scheduling()
+        keep_async_scheduling()
     _watch_scheduler(CompressionScheduler)
     _watch_worker(CompressionWorker)
-
-
-def _keep_async_scheduling() -> None:
-    """vLLM's CPU platform switches async scheduling off behind the flags; put it back on."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def _watch_scheduler(scheduler_class: Any) -> None:

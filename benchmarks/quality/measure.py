@@ -1,6 +1,6 @@
 """One engine over the test problems, in a process of its own: answers, rounds, blocks, time.
 
-    python benchmarks/quality/measure.py JOB RESULT
+    PYTHONPATH=benchmarks python benchmarks/quality/measure.py JOB RESULT
 
 ``run.py`` starts it: JOB names the model, the engine's arguments, the settings and the problems,
 RESULT is what came out, task by task.
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from cpu_engine import keep_async_scheduling, start_amx
 
 Json = dict[str, Any]
 
@@ -22,10 +22,8 @@ class Engine:
 
     def __init__(self, job: Json) -> None:
         if job["async_scheduling"]:
-            _keep_async_scheduling()
-        if torch.cpu._is_amx_tile_supported():
-            # Without it the first batch of one bfloat16 token may be an illegal instruction.
-            torch.cpu._init_amx()
+            keep_async_scheduling()
+        start_amx()
         from vllm import LLM
 
         settings = job["settings"]
@@ -74,19 +72,6 @@ class Engine:
             "peak_blocks": most_held,
             "seconds": time.perf_counter() - start,
         }
-
-
-def _keep_async_scheduling() -> None:
-    """vLLM's CPU platform switches async scheduling off behind the flags; put it back on."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def main(job_file: str, result_file: str) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from engine_runs import keep_async_scheduling
+from cpu_engine import keep_async_scheduling
 from observed_engine import Observer, start_engine, statistics_file
 from vllm import SamplingParams
 

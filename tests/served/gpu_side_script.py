@@ -5,7 +5,7 @@ reported, and what its scheduler was given back.
 from typing import Any
 
 import torch
-from engine_runs import keep_async_scheduling
+from cpu_engine import keep_async_scheduling
 
 Json = dict[str, Any]
 

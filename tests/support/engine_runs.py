@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_engine import keep_async_scheduling
 from dense_reference import DenseReference
 from dense_replay import Replay, replay, steps_of
 from fresh_process import run_fresh
@@ -197,19 +198,6 @@ def _generate(job: Job) -> EngineRun:
             [{"prompt_token_ids": prompt} for prompt in job.prompts], params, use_tqdm=False
         )
     return recorder.result(outputs)
-
-
-def keep_async_scheduling() -> None:
-    """vLLM's CPU platform switches async scheduling off behind the flags; put it back on."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    original = CpuPlatform.check_and_update_config.__func__
-
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 class _Recorder:
