@@ -100,7 +100,7 @@ class RequestSet:
 
 
 def make_request_sets(
-    shape: RoundShape, budget: int, dtype: torch.dtype, num_sets: int, device: str, seed: int = 0
+    shape: RoundShape, budget: int, dtype: torch.dtype, num_sets: int, device: str
 ) -> list[RequestSet]:
     """Rounds of ``round_shape`` for this budget, in place: destination block j is source block j.
     Random keys and values, the values about as like each other as two at 60 degrees; every
@@ -109,7 +109,7 @@ def make_request_sets(
 
     Layout: layer, block, token, KV head, key beside value (vLLM's ``LBNHC``, its default on CUDA).
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     num_used = num_sets * shape.num_requests * shape.num_source_blocks
     size = (shape.num_layers, num_used + 1, shape.block_size, shape.num_kv_heads)
     storage = torch.empty(*size, 2 * shape.head_dim, dtype=dtype, device=device)

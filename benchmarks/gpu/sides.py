@@ -81,9 +81,9 @@ def ended_after(side: engines.SideProcess, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def last_lines(log: Path, num_lines: int = 12) -> list[str]:
+def last_lines(log: Path) -> list[str]:
     """What an engine said last."""
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:]
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
 
 
 def line_of_start(start: Json) -> str:

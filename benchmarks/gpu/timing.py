@@ -114,10 +114,10 @@ def in_turns(
     return times
 
 
-def copy_bandwidth(num_bytes: int, device: str, num_turns: int = 9) -> float:
+def copy_bandwidth(num_bytes: int, device: str) -> float:
     """Bytes per second that a device-to-device copy reads and writes, median."""
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    seconds = [device_seconds(lambda: target.copy_(source), device) for _ in range(num_turns)]
+    seconds = [device_seconds(lambda: target.copy_(source), device) for _ in range(9)]
     return 2 * num_bytes / median(seconds)

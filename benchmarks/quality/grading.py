@@ -23,13 +23,13 @@ def grade(expected: Sequence[int], found: Sequence[int]) -> Grade:
     return Grade(exact, right / len(expected))
 
 
-def wilson(num_right: int, num_all: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval for a share, 95 % by default.
+def wilson(num_right: int, num_all: int) -> tuple[float, float]:
+    """Wilson's interval for a share, 95 %: z = 1.96.
 
     centre = (p + z^2 / 2n) / (1 + z^2 / n)
     half = z sqrt(p (1 - p) / n + z^2 / 4n^2) / (1 + z^2 / n)
     """
-    share = num_right / num_all
+    z, share = 1.96, num_right / num_all
     scale = 1 + z * z / num_all
     centre = (share + z * z / (2 * num_all)) / scale
     spread = math.sqrt(share * (1 - share) / num_all + (z / (2 * num_all)) ** 2)

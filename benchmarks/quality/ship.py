@@ -65,11 +65,11 @@ def card(plan: Json, log: list[Json], note: str) -> str:
     )
 
 
-def demo_problems(num_problems: int = 16, length: int = 2048) -> str:
+def demo_problems() -> str:
     """Programs and their traces, for the demo: one JSON object a line."""
     lines = []
-    for idx in range(num_problems):
-        problem = machine.generate(Random(f"demo {idx}"), length)
+    for idx in range(16):
+        problem = machine.generate(Random(f"demo {idx}"), 2048)
         words = {"prompt": problem.prompt, "answer": problem.answer.words}
         lines.append(json.dumps({name: " ".join(own) for name, own in words.items()}) + "\n")
     return "".join(lines)

@@ -15,7 +15,7 @@ class EventMirror:
 
     def __init__(self, engine: Any, endpoint: str) -> None:
         self.blocks: dict[Any, tuple[int, ...]] = {}
-        self.num_stored = self.num_removed = self.num_cleared = 0
+        self.num_removed = self.num_cleared = 0
         self._pool = engine.observer.pool
         self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
         self._socket = zmq.Context.instance().socket(zmq.SUB)
@@ -45,7 +45,6 @@ class EventMirror:
             for block_hash in event.block_hashes:
                 del self.blocks[block_hash]
         elif isinstance(event, BlockStored):
-            self.num_stored += len(event.block_hashes)
             tokens = self.blocks.get(event.parent_block_hash, ())
             for i, block_hash in enumerate(event.block_hashes):
                 size = event.block_size

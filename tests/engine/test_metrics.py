@@ -196,8 +196,8 @@ def test_several_api_servers_read_vllms_own_folder(
 class Steps:
     """A small pool whose steps are counted as the scheduler counts them."""
 
-    def __init__(self, folder: Path, num_blocks: int = 100) -> None:
-        self.world = PoolWorld(IN_WORLD, 4, num_blocks)
+    def __init__(self, folder: Path) -> None:
+        self.world = PoolWorld(IN_WORLD, 4, 100)
         self.log = PeriodicLog(3600)
         metrics = MetricsFile(folder, LABELLED, STEP_METRICS)
         self.counts = StepCounts([self.world.manager], metrics, self.log)

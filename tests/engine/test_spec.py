@@ -140,9 +140,9 @@ def test_the_spec_survives_a_new_block_size_and_the_way_to_the_engine_core() -> 
     assert KVCacheSpecRegistry.get_uniform_type_base_spec(spec) is FullAttentionSpec
 
 
-def groups(*specs: KVCacheSpec, num_blocks: int = 101) -> KVCacheConfig:
+def groups(*specs: KVCacheSpec) -> KVCacheConfig:
     return KVCacheConfig(
-        num_blocks=num_blocks,
+        num_blocks=101,
         kv_cache_tensors=[],
         kv_cache_groups=[KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)],
     )

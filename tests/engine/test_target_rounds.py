@@ -74,9 +74,9 @@ def test_rounds_rank_as_the_settings_say(chosen: dict[str, Any], ranking: Rankin
 
 
 def test_the_score_has_the_offsets_and_the_norm_term_of_the_settings() -> None:
-    def weights(max_model_len: int = 100, **chosen: Any) -> tuple[Tensor, Tensor]:
+    def weights(**chosen: Any) -> tuple[Tensor, Tensor]:
         scorer = triattention_scorer(
-            some_statistics(), ROTARY, torch.device("cpu"), Settings(**chosen), max_model_len
+            some_statistics(), ROTARY, torch.device("cpu"), Settings(**chosen), 100
         )
         return scorer.turns([12]), scorer.norm_weights
 

@@ -11,10 +11,10 @@ from triton_runs import run_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
 
 
-def make_content(dtype: torch.dtype, num_layers: int = 3) -> Tensor:
+def make_content(dtype: torch.dtype) -> Tensor:
     """Blocks [L, num_blocks, H_kv, block_size, content] of one cache."""
     generator = torch.Generator().manual_seed(2)
-    size = (num_layers, 6, 2, 16, 2 * 32)
+    size = (3, 6, 2, 16, 2 * 32)
     if dtype != torch.int8:
         return torch.randn(size, generator=generator).to(dtype)
     numbers = torch.randint(-128, 128, size, generator=generator).to(dtype)

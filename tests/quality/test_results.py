@@ -11,9 +11,9 @@ from quality.run import MODEL, SHORT, measure, parse, weights_hash
 KEPT = {"settings": {"protect": "all_prompt"}, "asynchronous": False}
 
 
-def row(method: str, budget: int | None, num_problems: int = 40, task: str = "dfs") -> Any:
+def row(method: str, budget: int | None, num_problems: int = 40) -> Any:
     how = {"method": method, "budget": budget, "variant": "", "settings": {}}
-    return {**how, "task": task, "length": 64, "num_problems": num_problems}
+    return {**how, "task": "dfs", "length": 64, "num_problems": num_problems}
 
 
 def test_what_is_in_the_file_is_not_measured_again(tmp_path: Path) -> None:

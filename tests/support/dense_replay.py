@@ -51,13 +51,11 @@ class Step:
 @dataclass(frozen=True)
 class ReplayedRound:
     """kept: positions [L, H_kv, C'] of all tokens still cached after the round; survivors: int64
-    [L, H_kv, K] of them, the chosen candidates. margin: worst score kept minus best score evicted,
-    in standard deviations; negative where an engine's choice differs within the tolerance."""
+    [L, H_kv, K] of them, the chosen candidates."""
 
     round: Round
     kept: Tensor
     survivors: Tensor
-    margin: float
 
 
 @dataclass
@@ -68,17 +66,14 @@ class Replay:
     rounds: list[ReplayedRound] = field(default_factory=list)
 
 
-def engine_steps(
-    num_computed: int, num_prompt: int, *, max_chunk: int | None = None, lag: int = 0
-) -> list[Step]:
-    """Prompt in chunks of ``max_chunk`` tokens, then a token a step; decisions ``lag`` decode
-    tokens late, but never before the end of the prompt's last complete chunk."""
+def engine_steps(num_computed: int, num_prompt: int, max_chunk: int | None = None) -> list[Step]:
+    """Prompt in chunks of ``max_chunk`` tokens, then a token a step."""
     chunk = max_chunk or num_prompt
     steps = []
     for start in range(0, num_prompt, chunk):
         steps.append(Step(start, min(start + chunk, num_prompt), start))
     for start in range(num_prompt, num_computed):
-        steps.append(Step(start, start + 1, max(start - lag, num_prompt)))
+        steps.append(Step(start, start + 1, start))
     return steps
 
 
@@ -206,7 +201,7 @@ def _run_round(
     visible.scatter_(2, survivors, True)
     run.visible = run.visible.index_copy(0, torch.tensor(rows), visible)
     kept = visible.nonzero()[:, 2].view(len(rows), num_kv_heads, -1)
-    return ReplayedRound(due, kept, survivors, margin)
+    return ReplayedRound(due, kept, survivors)
 
 
 def _scores_of(

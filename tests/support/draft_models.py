@@ -11,14 +11,14 @@ from tiny_model import write_tiny_model
 SHARED = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
 
 
-def write_near_copy(folder: Path, target: Path, noise: float = 0.1) -> Path:
+def write_near_copy(folder: Path, target: Path) -> Path:
     """The target with noise on its projections: most of its proposals are right."""
     shutil.copytree(target, folder)
     weights = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(9)
     for name, weight in sorted(weights.items()):
         if weight.dim() == 2 and name not in SHARED:
-            weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
+            weight += 0.1 * weight.std() * torch.randn(weight.shape, generator=generator)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -83,9 +83,9 @@ class Proof:
     test: str
 
 
-def proofs(folder: Path = TESTS) -> Iterator[Proof]:
-    """Every marker in the tests of a folder."""
-    for path in sorted(folder.rglob("test_*.py")):
+def proofs() -> Iterator[Proof]:
+    """Every marker in the tests."""
+    for path in sorted(TESTS.rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             name = node.name if isinstance(node, ast.FunctionDef) else ast.unparse(node)[:40]
             for part in ast.walk(node):

@@ -32,6 +32,7 @@ from triattention_vllm.request import Capacity
 
 IN_WORLD = Settings(budget=48, interval=8, window=8, sink_tokens=2)
 """Rounds come quickly: with blocks of 4 a request is compressed at 56 tokens."""
+MAX_MODEL_LEN = 1 << 20
 Token = tuple[int, int, int]
 """(group, position, hash of the tokens up to it): equal for equal prefixes of requests."""
 
@@ -69,7 +70,6 @@ class PoolWorld:
         prefix_caching: bool = True,
         depth: int = 1,
         max_batched: int = 64,
-        max_model_len: int = 1 << 20,
         num_groups: int = 1,
     ) -> None:
         init_none_hash(sha256)
@@ -98,7 +98,7 @@ class PoolWorld:
         )
         self.kv = KVCacheManager(
             config,
-            max_model_len=max_model_len,
+            max_model_len=MAX_MODEL_LEN,
             scheduler_block_size=block_size,
             hash_block_size=block_size,
             max_in_flight_tokens=depth * max_batched,
@@ -113,7 +113,7 @@ class PoolWorld:
         self.pool = self.kv.block_pool
         self.settings = settings
         own_blocks = (num_blocks - 1) // len(specs)
-        self.capacity = Capacity(own_blocks, block_size, max_model_len, depth * max_batched)
+        self.capacity = Capacity(own_blocks, block_size, MAX_MODEL_LEN, depth * max_batched)
         leave_room_beside_hits(self.kv.coordinator, self.managers, self.capacity)
         self.pressure = None
         if settings.pressure is not None:

@@ -27,8 +27,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def random_tokens(num_tokens: int = NUM_TOKENS, seed: int = 1) -> Tensor:
-    return torch.randint(0, 256, (num_tokens,), generator=torch.Generator().manual_seed(seed))
+def random_tokens(num_tokens: int = NUM_TOKENS) -> Tensor:
+    return torch.randint(0, 256, (num_tokens,), generator=torch.Generator().manual_seed(1))
 
 
 def transformers_logprobs(folder: Path, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -127,7 +127,7 @@ def test_a_replay_equals_a_mask_built_from_its_rounds(
     reference = DenseReference(folders["qwen3"])
     statistics = FlatStatistics(4, 4, 16, 32)
     tokens = random_tokens()
-    steps = engine_steps(NUM_TOKENS, 150, max_chunk=max_chunk)
+    steps = engine_steps(NUM_TOKENS, 150, max_chunk)
     result = replay(
         reference,
         tokens.tolist(),

@@ -195,12 +195,12 @@ CONFIGS = {
 }
 
 
-def write_model(folder: str | Path, family: str, *, seed: int = 0) -> Path:
-    """Write a model of ``family`` (a key of CONFIGS) with tokenizer; the same seed, same bytes."""
+def write_model(folder: str | Path, family: str) -> Path:
+    """Write a model of ``family`` (a key of CONFIGS) with tokenizer; always the same bytes."""
     folder = Path(folder)
     config = CONFIGS[family]()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
