@@ -7,21 +7,19 @@ slice of decode steps each, so that whatever else the machine does meets both. W
 file with every figure and the conditions it was taken under.
 """
 
-import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import IO, Any
 
+from reporting import run_in_a_size, spread, taken, write_json
 from tiny_model import write_tiny_model
 
 from triattention_vllm import __version__
@@ -108,8 +106,35 @@ class SideProcess:
 
 
 @contextmanager
-def side_process() -> Iterator[SideProcess]:
-    """An engine process with this environment; ends with the block."""
+def side_process(
+    script: Path, environment: Mapping[str, str], messages: IO[str] | None = None
+) -> Iterator[SideProcess]:
+    """An engine's process, whose messages go to this one's or to ``messages``; ends with the
+    block."""
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=messages,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield SideProcess(process)
+    finally:
+        assert process.stdin is not None
+        try:
+            process.stdin.close()
+            process.wait(20)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            process.kill()
+            process.wait()
+
+
+def start_sides(
+    stack: ExitStack, model: Path, size: Any, **more: Any
+) -> tuple[dict[str, SideProcess], Json]:
+    """Full attention and compression with the same flags, and what the engines are."""
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("TRIATTENTION_ENABLE")},
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -119,23 +144,22 @@ def side_process() -> Iterator[SideProcess]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "engine_side.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    try:
-        yield SideProcess(process)
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    arguments = {
+        "enforce_eager": True,
+        "dtype": size.model.get("dtype", "float32"),
+        "block_size": size.block_size,
+        "kv_cache_memory_bytes": size.pool_bytes,
+        "max_model_len": size.max_model_len,
+        "max_num_batched_tokens": size.max_num_batched_tokens,
+        "disable_log_stats": True,
+        **more,
+    }
+    sides, described = {}, {}
+    for name, settings in (("full", None), ("compressed", size.settings)):
+        sides[name] = stack.enter_context(side_process(HERE / "engine_side.py", environment))
+        started = {"model": str(model), "arguments": arguments, "settings": settings}
+        described = sides[name].send(started)
+    return sides, described
 
 
 def measure(sides: dict[str, SideProcess], size: Size, context: int, num_requests: int) -> Json:
@@ -185,12 +209,6 @@ def summary(slices: Sequence[Json]) -> Json:
     return figures
 
 
-def spread(values: Sequence[float]) -> Json:
-    """Median, first and last tenth; none lies beyond the values."""
-    tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [*values, *values]
-    return {"median": median(values), "p10": tenths[0], "p90": tenths[-1]}
-
-
 def percentile(values: Sequence[float], percent: int) -> float:
     """Between the two values that are nearest."""
     return quantiles(values, n=100, method="inclusive")[percent - 1]
@@ -207,32 +225,13 @@ def compare(result: Json, pool_blocks: int) -> None:
 
 def conditions(size: Any, described: Json) -> Json:
     """Where and with what the figures of a run of ``size``, a dataclass, were taken."""
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-    )
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
+        **taken(),
         "triattention_vllm": __version__,
-        "python": platform.python_version(),
-        "processor": processor_name(),
         "cores": os.cpu_count(),
-        "load_average_at_start": os.getloadavg(),
         "engine": described,
         "size": asdict(size),
     }
-
-
-def processor_name() -> str:
-    """The processor's own name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def line_of(result: Json) -> str:
@@ -291,21 +290,7 @@ def run(size: Size, output: Path) -> None:
         model = write_tiny_model(
             Path(folder, "model"), max_position_embeddings=size.max_model_len, **size.model
         )
-        arguments = {
-            "enforce_eager": True,
-            "dtype": size.model.get("dtype", "float32"),
-            "block_size": size.block_size,
-            "kv_cache_memory_bytes": size.pool_bytes,
-            "max_model_len": size.max_model_len,
-            "max_num_seqs": max(size.num_requests),
-            "max_num_batched_tokens": size.max_num_batched_tokens,
-            "disable_log_stats": True,
-        }
-        sides, described = {}, {}
-        for name, settings in (("full", None), ("compressed", size.settings)):
-            sides[name] = stack.enter_context(side_process())
-            started = {"model": str(model), "arguments": arguments, "settings": settings}
-            described = sides[name].send(started)
+        sides, described = start_sides(stack, model, size, max_num_seqs=max(size.num_requests))
         results = []
         report = {"conditions": conditions(size, described), "results": results}
         for context in size.contexts:
@@ -314,20 +299,8 @@ def run(size: Size, output: Path) -> None:
                 compare(result, described["pool_blocks"])
                 results.append(result)
                 print(line_of(result), flush=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {output}")
-
-
-def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a size for CI: no figure to quote")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/engine_cpu.json")
-    args = parser.parse_args()
-    default = HERE / "results" / ("engine_cpu_tiny.json" if args.tiny else "engine_cpu.json")
-    run(TINY if args.tiny else NORMAL, args.output or default)
+    write_json(output, report)
 
 
 if __name__ == "__main__":
-    main()
+    run_in_a_size(run, NORMAL, TINY, __doc__, "engine_cpu")

@@ -19,7 +19,7 @@ import torch
 from gpu.checks import Check, check_all, check_movement, check_scores, check_selection
 from gpu.fitting import all_keys_bytes, no_memory, no_time, num_request_sets
 from gpu.plain import plain_operations
-from gpu.report import HEADER, conditions, device_name, failures, lines_of, slug, write_json
+from gpu.report import HEADER, conditions, device_name, failures, lines_of, slug
 from gpu.rounds import (
     MODE,
     MODELS,
@@ -31,6 +31,7 @@ from gpu.rounds import (
     round_shape,
 )
 from gpu.timing import Json, Times, copy_bandwidth, in_turns
+from reporting import HERE, write_json
 from torch import Tensor
 from triattention_kernels.traffic import (
     RoundShape,
@@ -42,7 +43,6 @@ from triattention_kernels.traffic import (
     shift_traffic,
 )
 
-HERE = Path(__file__).parent
 PARTS_OF_A_ROUND = ("score", "select_redundancy", "compact")
 
 

@@ -6,8 +6,6 @@ Two engines with the same flags take turns with the same chats, in processes of 
 sends the first prompt, the answer and a new message. Writes one JSON file with the conditions.
 """
 
-import argparse
-import json
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +14,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from engine import HERE, SideProcess, conditions, side_process
+from engine import SideProcess, conditions, start_sides
+from reporting import run_in_a_size, write_json
 from tiny_model import write_tiny_model
 
 Json = dict[str, Any]
@@ -120,37 +119,12 @@ def run(size: Size, output: Path) -> None:
     """Measure every chat and write ``output``."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = write_tiny_model(Path(folder, "model"), **size.model)
-        arguments = {
-            "enforce_eager": True,
-            "dtype": size.model.get("dtype", "float32"),
-            "block_size": size.block_size,
-            "kv_cache_memory_bytes": size.pool_bytes,
-            "max_model_len": size.max_model_len,
-            "max_num_batched_tokens": size.max_num_batched_tokens,
-            "disable_log_stats": True,
-        }
-        sides, described = {}, {}
-        for name, settings in (("full", None), ("compressed", size.settings)):
-            sides[name] = stack.enter_context(side_process())
-            started = {"model": str(model), "arguments": arguments, "settings": settings}
-            described = sides[name].send(started)
+        sides, described = start_sides(stack, model, size)
         results = [measure(sides, size, chat, seed) for seed, chat in enumerate(size.chats)]
         report = {"conditions": conditions(size, described), "results": results}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(output, report)
     print(markdown_table(report))
-    print(f"wrote {output}")
-
-
-def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a size for CI: no figure to quote")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/multi_turn.json")
-    args = parser.parse_args()
-    default = HERE / "results" / ("multi_turn_tiny.json" if args.tiny else "multi_turn.json")
-    run(TINY if args.tiny else NORMAL, args.output or default)
 
 
 if __name__ == "__main__":
-    main()
+    run_in_a_size(run, NORMAL, TINY, __doc__, "multi_turn")

@@ -10,7 +10,6 @@ digit) in lower-case text and asks for one of them. It is longer than the budget
 while it is read. Writes one JSON file.
 """
 
-import argparse
 import json
 import multiprocessing
 import random
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine import HERE, conditions
+from engine import conditions
+from reporting import run_in_a_size, write_json
 from safetensors.torch import save_file
 from tiny_model import MIN_VOCAB_SIZE, write_tokenizer
 from tokenizers import Tokenizer
@@ -269,10 +269,7 @@ def run(size: Size, output: Path) -> None:
                 result[kind] = [sum(of_depth) / len(of_depth) for of_depth in found]
             results.append(result)
             print(row(result), flush=True)
-    report = {"conditions": conditions(size, {}), "results": results}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {output}")
+    write_json(output, {"conditions": conditions(size, {}), "results": results})
 
 
 def row(result: Json) -> str:
@@ -287,15 +284,5 @@ def markdown_table(report: Json) -> str:
     return "\n".join([*rows, *map(row, report["results"])])
 
 
-def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a size for CI: no figure to quote")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/needle.json")
-    args = parser.parse_args()
-    default = HERE / "results" / ("needle_tiny.json" if args.tiny else "needle.json")
-    run(TINY if args.tiny else NORMAL, args.output or default)
-
-
 if __name__ == "__main__":
-    main()
+    run_in_a_size(run, NORMAL, TINY, __doc__, "needle")

@@ -23,6 +23,7 @@ from pathlib import Path
 import aiohttp
 from engine import HERE, Json, conditions
 from prometheus_client.parser import text_string_to_metric_families
+from reporting import write_json
 from soak_checks import ASYNC, FOLDER, plugin_folder
 from soak_processes import ProcessSampler
 from soak_traffic import Traffic, learn_references
@@ -209,7 +210,7 @@ def run(size: Size, output: Path) -> bool:
                 "worker": json.loads((folder / "worker.json").read_text()),
             }
         report["exit_code"] = server.stop()
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(output, report)
     print(json.dumps({name: report[name] for name in ("totals", "checks", "metrics")}, indent=1))
     print(f"wrote {output}")
     clean = not report["totals"]["lost"] and report["exit_code"] == 0

@@ -33,8 +33,9 @@ from gpu.cases import (
     all_cases,
     size_for,
 )
-from gpu.report import conditions, write_json
+from gpu.report import conditions
 from gpu.sides import EAGER, WAY_NAMES, ended_after, line_of_start, start_sides
+from reporting import spread, write_json
 from tiny_model import write_tokenizer
 
 Json = dict[str, Any]
@@ -78,7 +79,7 @@ class Report:
             rates = [result[name]["tokens_per_s"] for name in ("compressed", "full")]
             result["speedup"] = rates[0] / rates[1]
             slices = [result[name]["slice_s"] for name in ("full", "compressed")]
-            result["slice_speedup"] = engines.spread(list(map(truediv, *slices)))
+            result["slice_speedup"] = spread(list(map(truediv, *slices)))
         self.write()
         return result
 
@@ -145,7 +146,7 @@ def summary_of(served: Json) -> Json:
         "steps": len(seconds),
         "tokens_per_s": sum(served["tokens"]) / elapsed if seconds else 0.0,
         "decoded_per_s": sum(tokens for _, tokens in decoding) / spent if spent else None,
-        "step_ms": engines.spread([1e3 * s for s, _ in decoding]) if decoding else None,
+        "step_ms": spread([1e3 * s for s, _ in decoding]) if decoding else None,
         "most_running": max(running, default=0),
         "mean_running": sum(map(mul, seconds, running)) / elapsed if seconds else 0.0,
         "most_blocks_held": max(served["held"], default=0),

@@ -24,7 +24,7 @@ import torch
 from dense_judge import Judge
 from dense_reference import DenseReference
 from gpu.checks import Check
-from gpu.report import conditions, write_json
+from gpu.report import conditions
 from gpu.sides import (
     COMPILED,
     EAGER,
@@ -38,6 +38,7 @@ from gpu.sides import (
     too_late,
 )
 from observed_engine import Observed, Observer, start_engine, statistics_file
+from reporting import write_json
 from tiny_model import write_tiny_model
 from triattention_kernels import (
     compact_triton,

@@ -1,25 +1,10 @@
 """Conditions of a run, and its results as a table."""
 
-import json
-import os
-import platform
 import re
-import subprocess
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
-from gpu.timing import Json
-
-HERE = Path(__file__).parent
-
-
-def write_json(output: Path, value: Json) -> None:
-    """Whole or not at all: whoever is killed meanwhile leaves what was there before."""
-    beside = output.with_suffix(".part")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, output)
+from reporting import Json, first_line, taken
 
 
 def lines_of(result: Json) -> Iterator[str]:
@@ -48,13 +33,10 @@ HEADER = (
 def conditions(device: str, commit: str | None) -> Json:
     """Where and with what the figures were taken."""
     found: Json = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or described_commit(),
+        **taken(commit),
         "device": device_name(device),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "load_average_at_start": os.getloadavg(),
     }
     if device != "cpu":
         import triton
@@ -72,23 +54,9 @@ def conditions(device: str, commit: str | None) -> Json:
     return found
 
 
-def described_commit() -> str | None:
-    """Of this clone; None outside one, and where git is not installed."""
-    return first_line("git", "-C", str(HERE), "describe", "--always", "--dirty")
-
-
 def driver_version() -> str | None:
     """None where the vendor's tool is not installed."""
     return first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
-def first_line(*command: str) -> str | None:
-    """That a program prints; None where it fails or is not installed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 else None
 
 
 def device_name(device: str) -> str:

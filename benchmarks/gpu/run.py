@@ -60,16 +60,13 @@ def tests_command(folder: Path, seconds: float) -> list[str]:
     ]
 
 
-def kernels_command(folder: Path, seconds: float) -> list[str]:
-    """Shapes begin that should end before a tenth of the time is left."""
-    output = ["--output", str(folder / "kernels.json"), "--seconds", str(0.9 * seconds)]
-    return ["benchmarks/kernels.py", *output]
+def script_command(share: float, result: str, *words: str) -> Callable[[Path, float], list[str]]:
+    """A benchmark that writes ``result``, and begins nothing after ``share`` of the time."""
 
+    def command(folder: Path, seconds: float) -> list[str]:
+        return [*words, "--output", str(folder / result), "--seconds", str(share * seconds)]
 
-def dense_command(folder: Path, seconds: float) -> list[str]:
-    """A tenth is left for the checks."""
-    output = ["--output", str(folder / "dense.json"), "--seconds", str(0.9 * seconds)]
-    return ["benchmarks/gpu/dense.py", *output]
+    return command
 
 
 def sanitizer_command(folder: Path, seconds: float) -> list[str]:
@@ -103,22 +100,19 @@ except FileNotFoundError:
 
 
 def case_command(case: str) -> Callable[[Path, float], list[str]]:
-    """A case of ``decode.py``: loads begin until a fifth of the time is left."""
-
-    def command(folder: Path, seconds: float) -> list[str]:
-        output = ["--output", str(folder / f"{case}.json"), "--seconds", str(0.8 * seconds)]
-        return ["benchmarks/gpu/decode.py", "--case", case, *output]
-
-    return command
+    """A case of ``decode.py``."""
+    return script_command(0.8, f"{case}.json", "benchmarks/gpu/decode.py", "--case", case)
 
 
+KERNELS = script_command(0.9, "kernels.json", "benchmarks/kernels.py")
+DENSE = script_command(0.9, "dense.json", "benchmarks/gpu/dense.py")
 NOT_RUN = "not run: its last line says why"
 WRONG = {0: "passed", 1: "wrong results", 2: NOT_RUN}
 ENGINES = {0: "passed", 2: NOT_RUN, 3: "refused"}
 STAGES = (
     Stage("tests", tests_command, 3, None, {0: "passed"}),
-    Stage("dense", dense_command, 2, "dense.json", WRONG | {4: "right, without CUDA graphs"}),
-    Stage("kernels", kernels_command, 2, "kernels.json", WRONG),
+    Stage("dense", DENSE, 2, "dense.json", WRONG | {4: "right, without CUDA graphs"}),
+    Stage("kernels", KERNELS, 2, "kernels.json", WRONG),
     Stage("engine", case_command("batches"), 4, "batches.json", ENGINES),
 )
 SANITIZER = {0: "passed", 2: NOT_RUN, 9: "found errors"}

@@ -1,8 +1,6 @@
 """Engines in processes of their own, started in the first way that works."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,28 +30,6 @@ WAY_NAMES = {"compiled": COMPILED, "graphs": GRAPHS, "eager": EAGER}
 """As the command line has them."""
 # What a start is given at least. None was measured on a GPU yet: estimates with room.
 LEAST_START_S = {COMPILED: 150.0, GRAPHS: 100.0, EAGER: 60.0}
-
-
-@contextmanager
-def side_process(log: Path, cache: Path) -> Iterator[engines.SideProcess]:
-    """An engine's process, whose messages go to ``log``; ends with the block."""
-    environment = engine_environment(cache)
-    command = [sys.executable, str(HERE / "side.py")]
-    pipe = subprocess.PIPE
-    with log.open("a", encoding="utf-8") as messages:
-        process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=messages, text=True, env=environment
-        )
-        try:
-            yield engines.SideProcess(process)
-        finally:
-            assert process.stdin is not None
-            try:
-                process.stdin.close()
-                process.wait(20)
-            except (BrokenPipeError, subprocess.TimeoutExpired):
-                process.kill()
-                process.wait()
 
 
 def engine_environment(cache: Path) -> dict[str, str]:
@@ -101,7 +77,9 @@ def start(stack: ExitStack, name: str, request: Json, way: str, logs: Path, seco
     arguments = request["arguments"] | WAYS[way]
     began = time.monotonic()
     own = ExitStack()
-    side = own.enter_context(side_process(log, Path(request["model"], "statistics")))
+    messages = own.enter_context(log.open("a", encoding="utf-8"))
+    environment = engine_environment(Path(request["model"], "statistics"))
+    side = own.enter_context(engines.side_process(HERE / "side.py", environment, messages))
     try:
         with ended_after(side, seconds):
             engine = side.send(request | {"arguments": arguments})

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from statistics import median, quantiles
-from typing import Any
+from statistics import median
 
 import torch
+from reporting import Json, spread
 
-Json = dict[str, Any]
 # While the device spins, the host queues the launches that are timed. Clocks are below 2.5 GHz, and
 # a spin is half as long again as the queueing took before.
 CYCLES_PER_SECOND = 2.5e9
@@ -30,14 +29,12 @@ class Times:
 
     def summary(self) -> Json:
         """Microseconds."""
-        return {"device_us": spread(self.device), "wall_us": spread(self.wall)}
+        return {"device_us": spread_us(self.device), "wall_us": spread_us(self.wall)}
 
 
-def spread(seconds: Sequence[float]) -> Json:
-    """Median, first and last tenth in microseconds, none beyond what was found, and how many."""
-    values = [1e6 * value for value in seconds]
-    tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
-    return {"median": median(values), "p10": tenths[0], "p90": tenths[-1], "count": len(values)}
+def spread_us(seconds: Sequence[float]) -> Json:
+    """In microseconds, and of how many."""
+    return {**spread([1e6 * value for value in seconds]), "count": len(seconds)}
 
 
 def wall_seconds(call: Callable[[], object], device: str) -> float:

@@ -1,16 +1,14 @@
 """The file of figures: a run adds what it lacks, so that one file can grow over several runs."""
 
 import json
-import platform
-import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from reporting import taken
 
 from triattention_vllm import __version__
 
 Json = dict[str, Any]
-HERE = Path(__file__).parent
 FIRST = ("full", "triattention")
 
 
@@ -29,7 +27,7 @@ class Results:
             found = json.loads(path.read_text(encoding="utf-8"))
             self.rows, self._runs = found["results"], found["runs"]
         self._refuse_other_settings(conditions)
-        self._run = {**_of_this_run(), **conditions}
+        self._run = {"version": __version__, **taken(), **conditions}
         self._num_runs_before = len(self._runs)
 
     def _refuse_other_settings(self, conditions: Json) -> None:
@@ -76,15 +74,3 @@ class Results:
 
 def _key(row: Json) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("method", "budget", "variant", "task", "length"))
-
-
-def _of_this_run() -> Json:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return {
-        "version": __version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": platform.processor() or platform.machine(),
-    }

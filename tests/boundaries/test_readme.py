@@ -1,7 +1,8 @@
 """The README shows what the code and the result files say."""
 
-import importlib.util
+import importlib
 import json
+import sys
 from math import ceil, floor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from feature_table import NOTES, STATUSES, TESTS, Proof, markdown_table, proofs,
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SIDES = ("full", "compressed")
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 def report_of(name: str) -> Any:
@@ -21,12 +23,7 @@ def report_of(name: str) -> Any:
 
 def benchmark(name: str) -> Any:
     """A script of benchmarks/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 @pytest.mark.parametrize(
@@ -38,11 +35,9 @@ def benchmark(name: str) -> Any:
     ],
 )
 def test_the_figures_of_a_benchmark_are_those_of_its_result_file(
-    script: str, result: str, document: str, monkeypatch: pytest.MonkeyPatch
+    script: str, result: str, document: str
 ) -> None:
     """And beside them stand the commit and the lengths that they were measured with."""
-    # One benchmark uses another that lies beside it.
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report, text = report_of(result), (ROOT / document).read_text()
     assert benchmark(script).markdown_table(report) in text
     assert benchmark("engine").measured_at(report) in " ".join(text.split())
