@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy
 import psutil
 
 QUANTITIES = ("rss_mib", "fds", "threads")
@@ -72,11 +73,9 @@ def trend(seconds: list[float], values: list[float], warm_up: float) -> dict[str
     parts = [pairs[i * size : (i + 1) * size] for i in range(_NUM_PARTS)]
     times = [fmean(s for s, _ in part) / 3600 for part in parts]
     means = [fmean(v for _, v in part) for part in parts]
-    middle, level = fmean(times), fmean(means)
-    spread = sum((t - middle) ** 2 for t in times)
-    slope = sum((t - middle) * (m - level) for t, m in zip(times, means, strict=True)) / spread
-    rest = [m - level - slope * (t - middle) for t, m in zip(times, means, strict=True)]
-    error = (sum(r * r for r in rest) / (_NUM_PARTS - 2) / spread) ** 0.5
+    level = fmean(means)
+    fitted, covariance = numpy.polyfit(times, means, 1, cov=True)
+    slope, error = float(fitted[0]), float(covariance[0, 0]) ** 0.5
     hours = (pairs[-1][0] - pairs[0][0]) / 3600
     flat = abs(slope) <= 2 * error or abs(slope) * hours <= 0.01 * level
     return {

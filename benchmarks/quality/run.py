@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from quality.grading import grade, wilson
 from quality.problems import held_out_problems, public_dfs_problems
@@ -29,13 +29,12 @@ from quality.results import Results
 from quality.tasks.problem import Problem
 from quality.vocabulary import IDS, TASKS
 
+from triattention_vllm.config import Method
+
 HERE = Path(__file__).parent
 MODEL = HERE / "model"
 FULL = "full"
-METHODS = (
-    *(FULL, "triattention", "streamingllm", "knorm", "vnorm", "random"),
-    *("snapkv", "rkv", "h2o", "tova"),
-)
+METHODS = (FULL, *get_args(Method))
 SHORT: dict[str, Any] = {"interval": 32}
 """Other than by default: an answer has a thousand words."""
 LONGER = 1.25
