@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.utils.argparse_utils import FlexibleArgumentParser
+from serve_parser import serve_parser
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.cli import flags_of
 from triattention_vllm.environment import authors_table
-from triattention_vllm.plugin import register
 from triattention_vllm.tools.main import SUBCOMMANDS, build_parser, main
 
 ROOT = Path(__file__).parents[2]
@@ -44,14 +42,6 @@ def those_of(name: str) -> list[tuple[str, list[str]]]:
     return [(document, words[1:]) for document, words in COMMANDS if words[0] == name]
 
 
-@pytest.fixture(scope="module")
-def serve_parser() -> FlexibleArgumentParser:
-    register()
-    parser = FlexibleArgumentParser(prog="vllm")
-    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    return parser
-
-
 def test_every_command_of_a_bash_block_is_of_a_kind_that_is_tested_here() -> None:
     assert {words[0] for _, words in COMMANDS} <= {"vllm", "triattention", "make", "pip"}
     assert len(those_of("triattention")) > 5
@@ -63,10 +53,8 @@ def test_our_commands_are_parsed(document: str, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("document", "words"), those_of("vllm"))
-def test_flags_of_vllm_serve_are_parsed(
-    document: str, words: list[str], serve_parser: FlexibleArgumentParser
-) -> None:
-    args = serve_parser.parse_args(words)
+def test_flags_of_vllm_serve_are_parsed(document: str, words: list[str]) -> None:
+    args = serve_parser().parse_args(words)
     Settings.from_mapping(flags_of(args))
     assert args.model_tag == "MODEL", document
 

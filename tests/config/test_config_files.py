@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.utils.argparse_utils import FlexibleArgumentParser
+from serve_parser import serve_parser
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.cli import flags_of
 from triattention_vllm.engine.worker_choice import GPU_WORKER, compression_worker_class
 from triattention_vllm.environment import ALLOW_UNTESTED_VLLM
 from triattention_vllm.errors import UnsupportedError
-from triattention_vllm.plugin import register
 from triattention_vllm.tools.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -26,22 +24,11 @@ FILES = [ROOT / "configs" / f"{name}.yaml" for name in NAMES]
 SHAPES = ROOT / "tests" / "tools" / "configs"
 
 
-@pytest.fixture(scope="module")
-def parser() -> FlexibleArgumentParser:
-    """The parser of ``vllm serve``."""
-    register()
-    parser = FlexibleArgumentParser(prog="vllm")
-    ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    return parser
-
-
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_vllm_parses_the_file_and_the_settings_are_valid(
-    file: Path, parser: FlexibleArgumentParser
-) -> None:
+def test_vllm_parses_the_file_and_the_settings_are_valid(file: Path) -> None:
     written = yaml.safe_load(file.read_text())
     model = [] if "model" in written else ["some-folder"]
-    args = parser.parse_args(["serve", *model, "--config", str(file)])
+    args = serve_parser().parse_args(["serve", *model, "--config", str(file)])
     settings = Settings.from_mapping(flags_of(args))
     assert settings.method == written["kv-compression"]
     for name, value in written["kv-compression-config"].items():

@@ -5,27 +5,17 @@ import json
 from pathlib import Path
 
 import pytest
+from serve_parser import serve_parser
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from triattention_vllm.engine.cli import flags_of
-from triattention_vllm.engine.differences import LINE
 from triattention_vllm.plugin import register
-
-if LINE < (0, 29):
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
-else:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 
 
 @pytest.fixture(scope="module")
 def parser() -> FlexibleArgumentParser:
-    """``vllm`` with its subcommand ``serve``, as vLLM's own main builds it."""
-    register()
-    main = FlexibleArgumentParser(prog="vllm")
-    serve = main.add_subparsers(dest="subparser").add_parser("serve")
-    make_arg_parser(serve)
-    return main
+    return serve_parser()
 
 
 def parse(parser: FlexibleArgumentParser, *flags: str) -> argparse.Namespace:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from kernel_inputs import padded
 from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch
 
 # Products on a GPU have a fixed result only with this, which is read at the first of them.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-LAYOUTS = ("head_major", "token_major", "vec", "amx")
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,6 @@ def make_cache() -> MakeCache:
 @pytest.fixture
 def make_batch() -> MakeBatch:
     """A RoundBatch from lists of block ids, rows padded with 0."""
-
-    def padded(rows: list[list[int]]) -> Tensor:
-        longest = max(len(row) for row in rows)
-        return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
     def make(
         source: list[list[int]], destination: list[list[int]], first_candidate: list[int]

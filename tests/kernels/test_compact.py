@@ -6,16 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_inputs import LAYOUTS, bits, padded, random_kept
 from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch, compact, fill_holes
 
-LAYOUTS = ("head_major", "token_major", "vec", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(BITS[tensor.itemsize])
 
 
 def oracle(
@@ -36,21 +31,6 @@ def oracle(
                     target = after[layer][destination[slot // block_size]][head]
                     target[slot % block_size] = row
     return after
-
-
-def random_kept(batch: RoundBatch, num_layers: int, num_kv_heads: int, block_size: int) -> Tensor:
-    """Ascending random region tokens per request, layer and head; poison past the end."""
-    generator = torch.Generator().manual_seed(5)
-    num_requests, num_destination = batch.destination_blocks.shape
-    kept = torch.full(
-        (num_requests, num_layers, num_kv_heads, num_destination * block_size), 1 << 40
-    )
-    for r in range(num_requests):
-        num_kept = batch.num_destination_blocks[r] * block_size
-        for row in kept[r].flatten(0, 1):
-            order = torch.randperm(batch.num_source_blocks[r] * block_size, generator=generator)
-            row[:num_kept] = order[:num_kept].sort().values
-    return kept
 
 
 def assert_moves(cache, make_batch, sources, destinations) -> None:
@@ -182,9 +162,6 @@ def test_any_batch_of_rounds_moves_as_with_lists(data):
     ]
     shape = (2, 12, 1, 3, 2)
     content = torch.arange(2 * 12 * 3 * 4, dtype=torch.float32).view(2, 12, 1, 3, 4)
-
-    def padded(rows: list[list[int]]) -> Tensor:
-        return torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
 
     batch = RoundBatch(
         padded(sources),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_inputs import LAYOUTS, bits, padded, random_kept
 from torch import Tensor
 from triattention_kernels import (
     PagedKV,
@@ -17,28 +18,7 @@ from triattention_kernels import (
 )
 from triton_runs import run_triton
 
-LAYOUTS = ("head_major", "token_major", "vec", "amx")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(BITS[tensor.itemsize])
-
-
-def random_kept(batch: RoundBatch, num_layers: int, num_kv_heads: int, block_size: int) -> Tensor:
-    """Ascending random region tokens per request, layer and head; poison past the end."""
-    generator = torch.Generator().manual_seed(5)
-    num_requests, num_destination = batch.destination_blocks.shape
-    kept = torch.full(
-        (num_requests, num_layers, num_kv_heads, num_destination * block_size), 1 << 40
-    )
-    for r in range(num_requests):
-        num_kept = batch.num_destination_blocks[r] * block_size
-        for row in kept[r].flatten(0, 1):
-            order = torch.randperm(batch.num_source_blocks[r] * block_size, generator=generator)
-            row[:num_kept] = order[:num_kept].sort().values
-    return kept
 
 
 def whole_storage(tensor: Tensor) -> Tensor:
@@ -161,9 +141,6 @@ def test_any_forward_batch_moves_as_with_lists(data):
         for count in [data.draw(st.integers(1, len(row)), "num_destination")]
     ]
     assert moves_forward(sources, destinations)
-
-    def padded(rows: list[list[int]]) -> Tensor:
-        return torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
 
     batch = RoundBatch(
         padded(sources),

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_inputs import random_kept
 from torch import Tensor
 from triattention_kernels import ArgumentError, PagedKV, RoundBatch, compact, fill_holes
 from triton_runs import run_triton
@@ -16,18 +17,6 @@ def both(kept: Tensor, batch: RoundBatch, block_size: int) -> Tensor:
     assert torch.equal(found, order)
     assert order.shape == kept.shape
     return order
-
-
-def random_kept(batch: RoundBatch, num_sets: int, block_size: int) -> Tensor:
-    generator = torch.Generator().manual_seed(6)
-    num_requests, num_destination = batch.destination_blocks.shape
-    kept = torch.full((num_requests, 1, num_sets, num_destination * block_size), 1 << 40)
-    for r in range(num_requests):
-        num_kept = batch.num_destination_blocks[r] * block_size
-        for row in kept[r, 0]:
-            order = torch.randperm(batch.num_source_blocks[r] * block_size, generator=generator)
-            row[:num_kept] = order[:num_kept].sort().values
-    return kept
 
 
 def oracle(kept: list[int]) -> list[int]:
@@ -43,7 +32,7 @@ def test_later_tokens_drop_into_the_holes_by_hand(make_batch):
 
 def test_every_kept_token_has_one_place_and_the_inner_ones_stay(make_batch):
     batch = make_batch([[1, 2, 3, 4], [5, 6], [7]], [[1, 2, 3], [5], [7]], [0, 0, 0])
-    kept = random_kept(batch, 5, 7)
+    kept = random_kept(batch, 1, 5, 7)
     order = both(kept, batch, 7)
     for r, num_destination in enumerate(batch.num_destination_blocks):
         num_kept = 7 * num_destination
@@ -54,7 +43,7 @@ def test_every_kept_token_has_one_place_and_the_inner_ones_stay(make_batch):
 
 def test_long_keep_sets_are_ordered_alike(make_batch):
     batch = make_batch([list(range(80))], [list(range(70))], [0])
-    kept = random_kept(batch, 2, 16)
+    kept = random_kept(batch, 1, 2, 16)
     assert both(kept, batch, 16)[0, 0, 1].tolist() == oracle(kept[0, 0, 1].tolist())
 
 
@@ -67,7 +56,7 @@ def test_one_token_keeps_its_place_or_takes_the_only_hole(make_batch):
 
 def test_keep_sets_that_layers_and_heads_share_stay_shared(make_batch):
     batch = make_batch([[1, 2, 3]], [[1, 2]], [0])
-    kept = random_kept(batch, 1, 16).expand(1, 3, 4, 32)
+    kept = random_kept(batch, 1, 1, 16).expand(1, 3, 4, 32)
     order = both(kept, batch, 16)
     assert (order == order[:, :1, :1]).all()
 
@@ -75,7 +64,7 @@ def test_keep_sets_that_layers_and_heads_share_stay_shared(make_batch):
 def test_the_destination_blocks_hold_exactly_the_kept_tokens(make_batch):
     """Attention does not care about the order, only about the set."""
     batch = make_batch([[1, 2, 3]], [[1, 4]], [0])
-    kept = random_kept(batch, 2, 4)
+    kept = random_kept(batch, 1, 2, 4)
     before = torch.randn(1, 5, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     repacked, filled = before.clone(), before.clone()
     compact(PagedKV.from_blocks(repacked), batch, kept)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from kernel_inputs import LAYOUTS
 from triattention_kernels import ArgumentError, PagedKV, stack_layers
-
-LAYOUTS = ("head_major", "token_major", "vec", "amx")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_inputs import LAYOUTS
 from scaled_blocks import LARGEST, compact_scaled, scaled_cache, score_scaled
 from score_oracle import assert_close_by_row, oracle, random_weights
 from torch import Tensor
 from triattention_kernels import ArgumentError, PagedKV, fill_holes, score
 from triton_runs import run_triton
 
-LAYOUTS = ("head_major", "token_major", "vec", "amx")
 FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 SCALED = tuple(LARGEST)
 

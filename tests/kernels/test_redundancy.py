@@ -4,22 +4,12 @@ import math
 
 import pytest
 import torch
+from kernel_inputs import LAYOUTS
 from scaled_blocks import scaled_cache
+from score_oracle import redundancy_by_lists
 from torch import Tensor
 from triattention_kernels import ArgumentError, PagedKV, Repeats, redundancy, select
 from triton_runs import run_triton
-
-LAYOUTS = ("head_major", "token_major", "vec", "amx")
-
-
-def by_lists(values: list[list[float]]) -> list[float]:
-    """Of candidates' values [T][D], token by token and dim by dim."""
-    unit = [[x / (math.hypot(*value) or 1.0) for x in value] for value in values]
-    found = []
-    for t, own in enumerate(unit):
-        cosines = [sum(map(math.prod, zip(own, later, strict=True))) for later in unit[t + 1 :]]
-        found.append(math.log(1 + sum(max(0.0, cosine) ** 8 for cosine in cosines)))
-    return found
 
 
 def oracle(values: Tensor, batch) -> Tensor:
@@ -36,7 +26,7 @@ def oracle(values: Tensor, batch) -> Tensor:
         )
         for layer in range(num_layers):
             for head in range(num_kv_heads):
-                plain = by_lists(rows[layer, head, first:].tolist())
+                plain = redundancy_by_lists(rows[layer, head, first:].tolist())
                 found[idx, layer, head, first : num_blocks * block_size] = torch.tensor(plain)
     return found
 

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from kernel_inputs import LAYOUTS
 from score_oracle import assert_close_by_row, oracle, random_weights
 from triattention_kernels import PagedKV, score, score_torch
-
-LAYOUTS = ("head_major", "token_major", "vec", "amx")
 
 
 def test_the_score_of_one_key_by_hand(make_batch):

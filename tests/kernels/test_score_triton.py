@@ -3,12 +3,11 @@
 import pytest
 import torch
 from far_blocks import SHAPE
+from kernel_inputs import LAYOUTS
 from score_oracle import random_weights
 from torch import Tensor
 from triattention_kernels import ArgumentError, PagedKV, RoundBatch, score
 from triton_runs import run_triton
-
-LAYOUTS = ("head_major", "token_major", "vec", "amx")
 
 
 def triton_score(*arguments) -> Tensor:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observed_scores import NUM_QUERIES, observed_scores
 from scaled_blocks import scaled_cache
+from small_rounds import BLOCK_SIZE, HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, TWO_REQUESTS, small_cache
 from torch import Tensor
 from triattention_kernels import PagedKV, RoundBatch
 
@@ -17,22 +18,10 @@ from triattention_vllm.method.round import run_rounds
 from triattention_vllm.method.scorer import Observation
 from triattention_vllm.method.scorers import OBSERVING_SCORERS
 
-NUM_LAYERS, NUM_KV_HEADS, GROUP, BLOCK_SIZE, HEAD_DIM = 2, 2, 3, 4, 8
+GROUP = 3
 SCALES = (HEAD_DIM**-0.5, 0.7)
 METHODS = tuple(OBSERVING_SCORERS)
-TWO_REQUESTS = RoundBatch(
-    source_blocks=torch.tensor([[3, 1, 7], [5, 2, 0]]),
-    destination_blocks=torch.tensor([[3, 1], [5, 0]]),
-    num_source_blocks=(3, 2),
-    num_destination_blocks=(2, 1),
-    first_candidate=(1, 0),
-)
 BOUNDARIES = [12, 8]
-
-
-def small_cache(seed: int = 0) -> PagedKV:
-    shape = (NUM_LAYERS, 9, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
-    return PagedKV.from_blocks(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def observed(method: str, seed: int = 1) -> list[Observation]:

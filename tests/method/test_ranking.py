@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from score_oracle import redundancy_by_lists
+from small_rounds import BLOCK_SIZE, NUM_KV_HEADS, NUM_LAYERS, TWO_REQUESTS, small_cache
 from torch import Tensor
 from triattention_kernels import PagedKV, Repeats, RoundBatch, Selection, select
 
@@ -15,24 +17,12 @@ from triattention_vllm.method.ranking import Ranking
 from triattention_vllm.method.round import run_rounds
 from triattention_vllm.method.score_knorm import KnormScorer
 
-NUM_LAYERS, NUM_KV_HEADS, GROUP, BLOCK_SIZE, HEAD_DIM = 2, 2, 2, 4, 8
+GROUP = 2
 SELECTIONS = get_args(Selection)
-BATCH = RoundBatch(
-    source_blocks=torch.tensor([[3, 1, 7], [5, 2, 0]]),
-    destination_blocks=torch.tensor([[3, 1], [5, 0]]),
-    num_source_blocks=(3, 2),
-    num_destination_blocks=(2, 1),
-    first_candidate=(1, 0),
-)
 
 
 def test_the_settings_offer_the_selections_that_the_kernels_know() -> None:
     assert descriptions()["selection"].choices == SELECTIONS
-
-
-def small_cache(seed: int) -> PagedKV:
-    shape = (NUM_LAYERS, 9, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
-    return PagedKV.from_blocks(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
 def random_scores(seed: int) -> Tensor:
@@ -44,16 +34,16 @@ def random_scores(seed: int) -> Tensor:
 
 
 def kept(scores: Tensor, kv: PagedKV, ranking: Ranking, selection: Any) -> Tensor:
-    ranked = ranking.ranked(scores, kv, BATCH, selection)
+    ranked = ranking.ranked(scores, kv, TWO_REQUESTS, selection)
     assert ranked.shape == (2, NUM_LAYERS, NUM_KV_HEADS, 3 * BLOCK_SIZE)
-    return select(ranked, BATCH, BLOCK_SIZE, NUM_KV_HEADS, selection)
+    return select(ranked, TWO_REQUESTS, BLOCK_SIZE, NUM_KV_HEADS, selection)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6), st.sampled_from(SELECTIONS))
 def test_the_default_ranking_is_the_one_that_select_has(seed: int, selection: Any) -> None:
     scores = random_scores(seed)
-    expected = select(scores, BATCH, BLOCK_SIZE, NUM_KV_HEADS, selection)
+    expected = select(scores, TWO_REQUESTS, BLOCK_SIZE, NUM_KV_HEADS, selection)
     assert kept(scores, small_cache(0), Ranking(), selection).equal(expected)
     assert Ranking().is_built_in
 
@@ -101,9 +91,9 @@ def test_what_is_kept_ranks_highest_in_plain_lists(
 ) -> None:
     scores, ranking = random_scores(seed), Ranking(normalise, layers)
     found = kept(scores, small_cache(0), ranking, selection)
-    for idx, first in enumerate(BATCH.first_candidate):
-        end = BATCH.num_source_blocks[idx] * BLOCK_SIZE
-        num_kept = BATCH.num_destination_blocks[idx] * BLOCK_SIZE
+    for idx, first in enumerate(TWO_REQUESTS.first_candidate):
+        end = TWO_REQUESTS.num_source_blocks[idx] * BLOCK_SIZE
+        num_kept = TWO_REQUESTS.num_destination_blocks[idx] * BLOCK_SIZE
         ranks = by_lists(scores[idx, ..., first:end], ranking, selection)
         for layer in range(NUM_LAYERS):
             for head in range(NUM_KV_HEADS):
@@ -128,23 +118,13 @@ def test_without_normalising_the_layer_with_the_largest_scores_decides() -> None
     torch.testing.assert_close(normal[0, 0, 0], torch.tensor([outer, inner, inner, outer]))
 
 
-def redundancy_by_lists(values: list[list[float]]) -> list[float]:
-    """Of candidates' values [T][D]: the logarithm of how often later ones say it."""
-    unit = [[x / math.hypot(*value) for x in value] for value in values]
-    found = []
-    for t, own in enumerate(unit):
-        cosines = [sum(map(math.prod, zip(own, later, strict=True))) for later in unit[t + 1 :]]
-        found.append(math.log(1 + sum(max(0.0, cosine) ** 8 for cosine in cosines)))
-    return found
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6), st.sampled_from([20, 50, 300]))
 def test_redundancy_is_taken_off_each_heads_scores_as_plain_lists_do(
     seed: int, percent: int
 ) -> None:
     scores, kv = random_scores(seed), small_cache(seed)
-    ranked = Ranking(redundancy=percent).ranked(scores, kv, BATCH, "per_layer_per_head")
+    ranked = Ranking(redundancy=percent).ranked(scores, kv, TWO_REQUESTS, "per_layer_per_head")
     places = [(block, slot) for block in (3, 1, 7) for slot in range(BLOCK_SIZE)][1:]
     plain = by_lists(scores[0, ..., 1:], Ranking(), "per_layer_per_head")
     for layer in range(NUM_LAYERS):
@@ -177,7 +157,12 @@ def test_redundancy_comes_off_in_every_ranking(seed: int, selection: Any, percen
     """``select`` takes it off by itself; other rankings do it before, and just so."""
     scores, kv, ranking = random_scores(seed), small_cache(seed), Ranking(redundancy=percent)
     expected = select(
-        scores, BATCH, BLOCK_SIZE, NUM_KV_HEADS, selection, repeats=Repeats(kv, percent / 100)
+        scores,
+        TWO_REQUESTS,
+        BLOCK_SIZE,
+        NUM_KV_HEADS,
+        selection,
+        repeats=Repeats(kv, percent / 100),
     )
     assert kept(scores, kv, ranking, selection).equal(expected)
     assert ranking.is_built_in
@@ -200,7 +185,9 @@ def test_the_longest_values_survive_whatever_they_score(
         lengths = lengths.amax((0, 1), keepdim=True).expand_as(lengths)
     ranking = Ranking(protected_values=percent)
     scorer = KnormScorer()
-    result = run_rounds(kv, BATCH, [12, 8], scorer, selection, "repack", ranking=ranking).kept[0]
+    result = run_rounds(
+        kv, TWO_REQUESTS, [12, 8], scorer, selection, "repack", ranking=ranking
+    ).kept[0]
     num_protected = 7 * percent // 100
     for layer in range(NUM_LAYERS):
         for head in range(NUM_KV_HEADS):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 import transformers
+from processes import left_after
 from quality import train
 from quality.batches import NOT_LEARNED, TASKS, Batch
 from quality.muon import Muon
@@ -69,21 +70,10 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
         started.terminate()
         started.wait(60)
     assert len(children) >= 2
-    deadline = time.monotonic() + 60
-    while any(runs(child) for child in children) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    left = [child for child in children if runs(child)]
+    left = left_after(children, 60)
     for process in left:
         process.kill()
     assert not left
-
-
-def runs(process: psutil.Process) -> bool:
-    """Neither gone nor ended and waiting to be asked for its status."""
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_batches_made_ahead_by_other_processes_are_the_same() -> None:

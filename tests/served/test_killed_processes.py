@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from processes import left_after
 from tiny_model import write_tiny_model
 
 from triattention_vllm.method.statistics import Statistics
@@ -94,14 +94,6 @@ def process_named(server: Server, name: str) -> psutil.Process:
     return found
 
 
-def is_left(process: psutil.Process) -> bool:
-    """Not one that has ended and whose parent has not asked for its status."""
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_servers_that_start_together_share_one_whole_statistics_file(running: Running) -> None:
     (kept,) = running.cache.iterdir()
     assert int(Statistics.load(kept).provenance["tokens_seen"]) > 256
@@ -130,10 +122,7 @@ def test_a_server_that_loses_a_process_tells_its_clients_and_ends(
     # Its status is vLLM's own, which is 0 here.
     server.process.wait(SECONDS_TO_END)
     assert "EngineDeadError" in server.log() or "died unexpectedly" in server.log()
-    deadline = time.monotonic() + SECONDS_TO_END
-    while any(map(is_left, others)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not list(filter(is_left, others))
+    assert not left_after(others, SECONDS_TO_END)
     # The next start finds the statistics, and nothing that is in its way.
     (kept,) = running.cache.iterdir()
     assert int(Statistics.load(kept).provenance["tokens_seen"]) > 256

@@ -1,4 +1,4 @@
-"""Scores in Python's complex numbers, and how far others may be from them."""
+"""Scores in Python's complex numbers and how far others may be from them; redundancy in lists."""
 
 import math
 from itertools import product
@@ -64,3 +64,13 @@ def assert_close_by_row(found: Tensor, expected: Tensor, tolerance: float) -> No
     error = (found.double() - expected).masked_fill(expected.isneginf(), 0.0).abs()
     scale = expected.masked_fill(expected.isneginf(), 0.0).abs().amax(dim=-1, keepdim=True)
     assert (error <= tolerance * scale).all(), float((error / scale).max())
+
+
+def redundancy_by_lists(values: list[list[float]]) -> list[float]:
+    """Of candidates' values [T][D]: the logarithm of how often later ones say it."""
+    unit = [[x / (math.hypot(*value) or 1.0) for x in value] for value in values]
+    found = []
+    for t, own in enumerate(unit):
+        cosines = [sum(map(math.prod, zip(own, later, strict=True))) for later in unit[t + 1 :]]
+        found.append(math.log(1 + sum(max(0.0, cosine) ** 8 for cosine in cosines)))
+    return found
