@@ -125,7 +125,10 @@ def without_the_reader_of_models_fields(path: Path) -> ast.Module:
     return tree
 
 
-@pytest.mark.parametrize("path", sources(PLUGIN) + sources(KERNELS), ids=shown)
+CODE = [path for name in ("benchmarks", "tests") for path in sources(ROOT / name)]
+
+
+@pytest.mark.parametrize("path", sources(PLUGIN) + sources(KERNELS) + CODE, ids=shown)
 def test_no_file_catches_everything_or_guesses_attributes(path: Path) -> None:
     for node in ast.walk(without_the_reader_of_models_fields(path)):
         if isinstance(node, ast.ExceptHandler):

@@ -1,11 +1,11 @@
-"""Methods that look at queries, each in an engine of its own, one after the other.
+"""Methods without statistics, each in an engine of its own, one after the other.
 
 Two requests share a prefix, one prompt takes several chunks, and the pool is small.
 """
 
 from typing import Any
 
-from observed_engine import Observer, start_engine
+from observed_engine import Observer, start_engine, statistics_file
 from vllm import SamplingParams
 
 
@@ -29,6 +29,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         llm.generate(prompts[1:], params, use_tqdm=False)
         seen[method] = {
             "requests": observer.take(),
+            "statistics": statistics_file(llm),
             "num_preemptions": observer.num_preemptions,
             "num_held": observer.num_held,
         }

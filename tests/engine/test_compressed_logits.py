@@ -1,6 +1,7 @@
 """A compressed engine computes what a dense float64 decoder computes that sees the same tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from dense_judge import FLOAT32_ERROR
 from dense_reference import DenseReference
 from engine_runs import (
     SMALL,
+    EngineRun,
     ModelFolder,
     assert_pool_is_as_at_the_start,
     largest_error,
@@ -185,22 +187,43 @@ def test_filling_holes_evicts_the_same_tokens_as_the_repack_in_order(
     assert_pool_is_as_at_the_start(holes)
 
 
-def test_below_the_trigger_nothing_differs_from_vllm_without_the_plugin(
-    model_folder: ModelFolder, text: str
-) -> None:
-    folder = model_folder("qwen3")
+@pytest.fixture(scope="module")
+def same_requests(model_folder: ModelFolder) -> Callable[..., EngineRun]:
+    """Three requests that end at 255 tokens or before, in a pool with room for many more."""
     prompts = [random_prompt(n, n) for n in (5, 60, 100)]
-    lengths = [150, 90, 30]
     engine = {"max_model_len": 1024, "max_num_batched_tokens": 64}
-    stock = run_engine(folder, prompts, lengths, None, plugin=False, **engine)
-    off = run_engine(folder, prompts, lengths, None, **engine)
-    on = run_engine(folder, prompts, lengths, {**SMALL, "calibration_text": text}, **engine)
+    return partial(run_engine, model_folder("qwen3"), prompts, [250, 190, 150], **engine)
+
+
+@pytest.fixture(scope="module")
+def stock(same_requests: Callable[..., EngineRun]) -> EngineRun:
+    return same_requests(None, plugin=False)
+
+
+def assert_is_as_without_the_plugin(run: EngineRun, stock: EngineRun) -> None:
+    for one, other in zip(run.requests, stock.requests, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == other.logprobs
+        assert not one.kept
+
+
+def test_below_the_trigger_nothing_differs_from_vllm_without_the_plugin(
+    same_requests: Callable[..., EngineRun], stock: EngineRun, text: str
+) -> None:
+    """Rounds would begin at 288 tokens."""
+    off = same_requests(None)
+    on = same_requests({**SMALL, "budget": 256, "calibration_text": text})
     assert stock.scheduler == off.scheduler == "Scheduler"
     assert on.scheduler == "CompressionScheduler"
-    for one, other, compressed in zip(stock.requests, off.requests, on.requests, strict=True):
-        assert one.token_ids == other.token_ids == compressed.token_ids
-        assert one.logprobs == other.logprobs == compressed.logprobs
-        assert not compressed.kept
+    assert_is_as_without_the_plugin(off, stock)
+    assert_is_as_without_the_plugin(on, stock)
+
+
+def test_while_memory_is_ample_nothing_differs_from_vllm_without_the_plugin(
+    same_requests: Callable[..., EngineRun], stock: EngineRun, text: str
+) -> None:
+    pressed = same_requests({**SMALL, "when": "pressure", "calibration_text": text})
+    assert_is_as_without_the_plugin(pressed, stock)
 
 
 def test_a_round_in_a_full_pool_takes_its_own_released_blocks_again(

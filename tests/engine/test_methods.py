@@ -8,7 +8,7 @@ import pytest
 import torch
 from dense_judge import Judge
 from dense_reference import DenseReference
-from engine_runs import ModelFolder, random_prompt, run_engine
+from engine_runs import ModelFolder, random_prompt
 from fresh_process import run_script
 from observed_scores import ObservedScores
 
@@ -25,52 +25,19 @@ LOOKING = {
 }
 BLOCK_SIZE = 32
 LIMIT = 1500
-"""Seconds for four engines, which have taken 550 beside other work."""
+"""Seconds for five engines, four of which have taken 550 beside other work."""
+pytestmark = pytest.mark.timeout(LIMIT + 300)
 LONG_PROMPT = random_prompt(200, 3)
-
-
-def test_streamingllm_keeps_sinks_and_the_latest_and_needs_no_calibration(
-    model_folder: ModelFolder, tmp_path: Path
-) -> None:
-    settings = {
-        "method": "streamingllm",
-        "budget": 128,
-        "interval": 32,
-        "window": 16,
-        "protect": "sinks",
-        "sink_tokens": 8,
-    }
-    run = run_engine(
-        model_folder("qwen3"),
-        [random_prompt(40, 1), random_prompt(90, 2)],
-        200,
-        settings,
-        block_size=32,
-        kv_cache_memory_bytes=64 << 20,
-        max_model_len=512,
-        enforce_eager=True,
-        dtype="float32",
-    )
-    assert run.statistics is None
-    for request in run.requests:
-        assert len(request.kept) >= 3
-        for kept in request.kept:
-            assert kept[..., :8].equal(torch.arange(8).expand_as(kept[..., :8]))
-            latest = kept[..., 8:]
-            num_tokens = int(latest.max()) + 1
-            assert num_tokens % 32 == 0
-            expected = torch.arange(num_tokens - latest.shape[-1], num_tokens)
-            assert latest.equal(expected.expand_as(latest))
 
 
 @pytest.fixture(scope="module")
 def looking(model_folder: ModelFolder) -> dict[str, Any]:
-    """One process in which every method that looks at queries runs."""
+    """One process in which every method that looks at queries runs, and StreamingLLM."""
     seen: dict[str, Any] = run_script(
         Path(__file__).with_name("query_methods_script.py"),
         {
             "model": str(model_folder("qwen3")),
-            "methods": list(OBSERVING_SCORERS),
+            "methods": [*OBSERVING_SCORERS, "streamingllm"],
             "settings": LOOKING,
             # 12 of 32 tokens; four requests need five each, besides what a chunk takes.
             "num_blocks": 13,
@@ -88,7 +55,6 @@ def looking(model_folder: ModelFolder) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.timeout(LIMIT + 300)
 @pytest.mark.parametrize("method", OBSERVING_SCORERS)
 def test_methods_that_look_at_queries_keep_what_the_dense_reference_scores_highest(
     method: str,
@@ -112,3 +78,19 @@ def test_methods_that_look_at_queries_keep_what_the_dense_reference_scores_highe
     assert run["num_preemptions"] >= len(again) > 0
     assert any(life.kept for request in again for life in request.lives[1:])
     assert run["num_held"] == 0
+
+
+def test_streamingllm_keeps_sinks_and_the_latest_and_needs_no_calibration(
+    looking: dict[str, Any],
+) -> None:
+    run = looking["streamingllm"]
+    assert run["statistics"] is None
+    rounds = [kept for request in run["requests"] for life in request.lives for kept in life.kept]
+    assert len(rounds) >= 10
+    for (kept,) in rounds:
+        assert kept[..., :8].equal(torch.arange(8).expand_as(kept[..., :8]))
+        latest = kept[..., 8:]
+        num_tokens = int(latest.max()) + 1
+        assert num_tokens % BLOCK_SIZE == 0
+        expected = torch.arange(num_tokens - latest.shape[-1], num_tokens)
+        assert latest.equal(expected.expand_as(latest))

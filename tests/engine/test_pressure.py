@@ -71,18 +71,6 @@ def test_a_full_server_compresses_before_it_preempts(
         assert_pool_is_as_at_the_start(run)
 
 
-def test_while_memory_is_ample_nothing_differs_from_vllm_without_the_plugin(
-    full_pool: Callable[..., EngineRun],
-) -> None:
-    ample = {"num_gpu_blocks_override": 80}
-    stock = full_pool(None, plugin=False, **ample)
-    pressed = full_pool({**SMALL, "when": "pressure"}, **ample)
-    for one, other in zip(stock.requests, pressed.requests, strict=True):
-        assert one.token_ids == other.token_ids
-        assert one.logprobs == other.logprobs
-        assert not other.kept
-
-
 def test_a_request_longer_than_the_pool_grows_to_the_threshold_between_large_rounds(
     model_folder: ModelFolder, reference: Callable[[Path], DenseReference], text: str
 ) -> None:

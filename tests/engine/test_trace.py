@@ -86,6 +86,7 @@ def test_every_round_evicts_as_many_tokens_as_its_blocks_held(
     recorded: tuple[Recorder, Path],
 ) -> None:
     recording = request_recording(read_recording(recorded[1]), "a")
+    assert recording.rounds
     for idx, one in enumerate(recording.rounds):
         evicted = one.num_evicted_before + one.num_freed * BLOCK_SIZE
         for head in range(NUM_HEADS):
@@ -151,6 +152,7 @@ def test_a_request_that_was_preempted_is_read_from_its_new_start(tmp_path: Path)
 
 def test_the_garage_has_the_same_slots_before_and_after(recorded: tuple[Recorder, Path]) -> None:
     recording = request_recording(read_recording(recorded[1]))
+    assert recording.rounds
     for idx, one in enumerate(recording.rounds):
         before = garage(recording, 1, idx, is_after=False)
         after = garage(recording, 1, idx, is_after=True)
