@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from operator import mul, truediv
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import engine as engines
@@ -34,7 +35,7 @@ from gpu.cases import (
     size_for,
 )
 from gpu.report import conditions
-from gpu.sides import EAGER, WAY_NAMES, ended_after, line_of_start, start_sides
+from gpu.sides import EAGER, WAY_NAMES, ended_after, last_lines, line_of_start, start_sides
 from reporting import spread, write_json
 from tiny_model import write_tokenizer
 
@@ -43,6 +44,7 @@ Sides = dict[str, engines.SideProcess]
 SLICE_STEPS = 32
 # Of a backlog, for its first requests: their prompts are read, at the least.
 LEAST_FILL_S = 25.0
+LEAST_SERVE_S = 5.0
 
 
 class Report:
@@ -58,10 +60,11 @@ class Report:
         """As far as it is."""
         write_json(self.output, self.found)
 
-    def skip(self, what: Json, reason: str) -> None:
-        """Something that is not measured."""
-        self.found["skipped"].append({**what, "reason": reason})
+    def skip(self, what: Json, status: str, reason: str) -> None:
+        """Something that is not measured: ``no room``, ``no time`` or ``failed``."""
+        self.found["skipped"].append({**what, "status": status, "reason": reason})
         self.write()
+        print(f"{status}: {what}: {reason}", flush=True)
 
     def add_load(self, load: Load, measured: Json) -> Json:
         """Of some sides, beside what others had under the same load."""
@@ -129,8 +132,9 @@ def measure_backlog(
 
 
 def summary_of(served: Json) -> Json:
-    """Tokens per second, over all steps and over those that only decoded; peaks; and what ran and
-    was held at some two hundred moments.
+    """Tokens per second, over all steps and over those that only decoded; the time of a token of a
+    request over all of them; what rounds took; peaks; and what ran and was held at some two hundred
+    moments.
     """
     seconds, running = served["seconds"], served["running"]
     batches = zip(*(served[n] for n in ("seconds", "tokens", "computed", "requests")), strict=True)
@@ -142,15 +146,27 @@ def summary_of(served: Json) -> Json:
         if idx % every == 0:
             moments.append([elapsed, *found[1:]])
     spent = sum(s for s, _ in decoding)
+    each_token = [1e3 * s for s, n in zip(seconds, served["tokens"], strict=True) for _ in range(n)]
+    rounds = served["rounds"]
+    tpot, round_ms = None, None
+    if len(each_token) > 1:
+        tpot = {"p50": median(each_token), "p99": engines.percentile(each_token, 99)}
+    if rounds:
+        round_ms = spread([1e3 * s for s in rounds])
     return {
         "steps": len(seconds),
         "tokens_per_s": sum(served["tokens"]) / elapsed if seconds else 0.0,
         "decoded_per_s": sum(tokens for _, tokens in decoding) / spent if spent else None,
         "step_ms": spread([1e3 * s for s, _ in decoding]) if decoding else None,
+        "tpot_ms": tpot,
+        "rounds": len(rounds),
+        "round_ms": round_ms,
+        "rounds_share": sum(rounds) / elapsed if seconds else 0.0,
         "most_running": max(running, default=0),
         "mean_running": sum(map(mul, seconds, running)) / elapsed if seconds else 0.0,
         "most_blocks_held": max(served["held"], default=0),
         "preemptions": served["preemptions"],
+        "device_used_bytes": served["device_used_bytes"],
         "moments": {"columns": ["seconds", "running", "blocks held"], "rows": moments},
     }
 
@@ -164,31 +180,31 @@ def run_case(
     seconds: float,
     usual_ways: Sequence[str],
 ) -> None:
-    """Every side of a case; what fails leaves the others their results. Sides with a backlog serve
-    equally long.
+    """Every side of a case, those with compression first; what fails leaves the others their
+    results. Sides with a backlog serve equally long.
 
     usual_ways: of starting them, in turn, unless the case knows better.
     """
     case = size.case
-    requests = {
+    requests: dict[str, Json] = {
         name: {
             "model": str(folder),
             "arguments": engine_arguments(size) | side.arguments,
             "settings": side.settings,
         }
-        for name, side in case.sides.items()
+        for name, side in sorted(case.sides.items(), key=lambda own: own[1].settings is None)
     }
     groups = [list(requests)] if case.together else [[name] for name in requests]
     ways = [EAGER] if case.eager else list(usual_ways)
     end = began + seconds
-    serve_s = min(case.backlog.seconds, seconds / len(case.sides) / 3) if case.backlog else 0.0
+    serve_s: float | None = None
     for idx, names in enumerate(groups):
         left = end - time.monotonic()
-        share = left / (len(groups) - idx)
+        num_after = len(groups) - idx - 1
+        share = left / (1 + num_after)
         if left < 20:
-            report.skip({"sides": names}, f"{seconds:.0f} s were over; give more with --seconds")
+            report.skip({"sides": names}, "no time", f"{seconds:.0f} s were over")
             continue
-        until = time.monotonic() + 0.9 * share
         with ExitStack() as stack:
             chosen = {name: requests[name] for name in names}
             sides, starts = start_sides(stack, chosen, ways, logs, 0.6 * share / len(names), end)
@@ -197,20 +213,26 @@ def run_case(
             # Sides are compared, so all run in the way of the first.
             ways = [starts[-1]["way"]] if sides else ways
             print("\n".join(map(line_of_start, starts)), flush=True)
-            # An engine that took long to start is measured all the same, if time is left at all.
-            until = max(until, min(end, time.monotonic() + LEAST_FILL_S + serve_s))
+            start_s = sum(start["start_s"] for start in starts if start["status"] == "started")
             try:
-                for name, side in sides.items() if case.backlog else ():
-                    fill_s = until - time.monotonic() - serve_s
-                    if fill_s < LEAST_FILL_S / 2:
-                        report.skip({"sides": [name]}, f"{fill_s:.0f} s are left to fill it")
+                for place, (name, side) in enumerate(sides.items() if case.backlog else ()):
+                    assert case.backlog is not None
+                    num_sides = len(sides) - place + num_after * len(names)
+                    own_s = (end - time.monotonic() - num_after * start_s) / num_sides
+                    if serve_s is None:
+                        serve_s = max(0.0, min(case.backlog.seconds, own_s - LEAST_FILL_S))
+                    fill_s = own_s - serve_s
+                    if serve_s < LEAST_SERVE_S or fill_s < LEAST_FILL_S / 2:
+                        reason = f"{own_s:.0f} s are left to fill it and to serve"
+                        report.skip({"sides": [name]}, "no time", reason)
                         continue
-                    with ended_after(side, fill_s + serve_s + 10.0):
+                    with ended_after(side, own_s + 10.0):
                         one_backlog(report, case, name, side, fill_s, serve_s)
                 if case.loads and sides:
                     all_loads(report, size, sides, began, seconds)
             except (RuntimeError, BrokenPipeError) as error:
-                report.skip({"sides": names}, f"an engine ended: {error}")
+                said = {name: last_lines(logs / f"engine-{name}.log") for name in sides}
+                report.skip({"sides": names, "log": said}, "failed", f"an engine ended: {error}")
 
 
 def one_backlog(
@@ -237,9 +259,9 @@ def one_backlog(
 def all_loads(report: Report, size: Size, sides: Sides, began: float, seconds: float) -> None:
     """Every load that fits and begins in time."""
     for load in size.case.loads:
-        reason = skipped_reason(load, size, began, seconds)
-        if reason is not None:
-            report.skip({**asdict(load), "sides": list(sides)}, reason)
+        skipped = skipped_reason(load, size, began, seconds)
+        if skipped is not None:
+            report.skip({**asdict(load), "sides": list(sides)}, *skipped)
             continue
         with ExitStack() as stack:
             for side in sides.values():
@@ -288,16 +310,16 @@ def engine_arguments(size: Size) -> Json:
     }
 
 
-def skipped_reason(load: Load, size: Size, began: float, seconds: float) -> str | None:
-    """Why a load is not measured, or None."""
+def skipped_reason(load: Load, size: Size, began: float, seconds: float) -> tuple[str, str] | None:
+    """Status and reason of a load that is not measured, or None."""
     needed = size.needed_bytes(load)
     if needed > size.pool_bytes:
-        return (
+        return "no room", (
             f"full attention needs {needed / GIB:.1f} GiB of KV cache, the pool has"
             f" {size.pool_bytes / GIB:.1f}"
         )
     if time.monotonic() - began > seconds:
-        return f"{seconds:.0f} s were over; give more with --seconds"
+        return "no time", f"{seconds:.0f} s were over; give more with --seconds"
     return None
 
 
@@ -317,14 +339,26 @@ def line_of(result: Json, names: list[str]) -> str:
     return line
 
 
-def exit_code(starts: list[Json], case: Case) -> int:
-    """0 where every side with compression started in some way, 3 where one was refused, else 1.
-    Full attention beside it may have no room, which is a result; without it, all must start.
+def exit_code(found: Json, case: Case) -> int:
+    """0 where all was measured on every side, 3 where compression was refused, 1 where an engine
+    failed or did not start, 4 where time was over before all was measured. What had no room is a
+    result: a load, or full attention beside compression.
     """
-    last = {started["name"]: started["status"] for started in starts}
-    compressed = [name for name, side in case.sides.items() if side.settings is not None]
-    found = {last.get(name) for name in compressed or case.sides}
-    return 0 if found == {"started"} else 3 if "refused" in found else 1
+    last = {started["name"]: started["status"] for started in found["starts"]}
+    if "refused" in last.values():
+        return 3
+    skipped = {one["status"] for one in found["skipped"]}
+    compressed = {name for name, side in case.sides.items() if side.settings is not None}
+    may_lack_room = set(case.sides) - compressed if compressed else set()
+    for name in case.sides:
+        status = last.get(name, "not begun")
+        if status == "failed" or (status == "no room" and name not in may_lack_room):
+            return 1
+    if "failed" in skipped:
+        return 1
+    measured = set(found["backlogs"]).union(*found["results"])
+    wanted = {name for name in case.sides if last.get(name) != "no room"}
+    return 0 if "no time" not in skipped and wanted <= measured else 4
 
 
 def main() -> None:
@@ -351,7 +385,7 @@ def main() -> None:
     steps = args.intervals * INTERVAL
     ways = [WAY_NAMES[name] for name in args.ways]
     report = run(case, args.output, steps, args.seconds, args.commit, memory, ways)
-    raise SystemExit(exit_code(report["starts"], case))
+    raise SystemExit(exit_code(report, case))
 
 
 if __name__ == "__main__":

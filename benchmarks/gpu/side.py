@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from engine_side import Side
 
 from triattention_vllm.errors import TriAttentionError
@@ -114,12 +115,15 @@ class GpuSide(Side):
         """Steps for so long; one list per figure with an entry per step.
 
         computed: tokens of the batch that the step returned, more than its ``requests`` where it
-        prefilled. running, held: once the step was over, with the batch that it launched.
+        prefilled. running, held: once the step was over, with the batch that it launched. rounds:
+        seconds of every round of all steps. device_used_bytes: of the whole card when it is over,
+        what vLLM does not count included; None without one.
         """
         preempted = self.num_preemptions
         steps: dict[str, list[float]] = {
             name: [] for name in ("seconds", "tokens", "computed", "requests", "running", "held")
         }
+        clocks: list[Any] = []
         before = sum(self.generated.values())
         began = last = time.perf_counter()
         while last - began < seconds and self.engine.has_unfinished_requests():
@@ -129,8 +133,21 @@ class GpuSide(Side):
             found += (self.returned.requests, len(self.scheduler.running), self.num_held)
             for values, value in zip(steps.values(), found, strict=True):
                 values.append(value)
+            clocks += self.returned.round_clocks
             last, before = now, generated
-        return {**steps, "preemptions": self.num_preemptions - preempted}
+        self.synchronise()
+        return {
+            **steps,
+            "rounds": [read() / size for read, size in clocks for _ in range(size)],
+            "preemptions": self.num_preemptions - preempted,
+            "device_used_bytes": self._device_used_bytes(),
+        }
+
+    def _device_used_bytes(self) -> int | None:
+        if not self.on_gpu:
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free)
 
 
 def main() -> None:

@@ -9,18 +9,27 @@ from triattention_kernels.checks import check_redundancy
 from triattention_kernels.paged import PagedKV
 from triattention_kernels.round_batch import RoundBatch
 
+MOST_LATER = 16_384
+"""Work grows with a region's square until here, and in proportion behind it: at 131 thousand tokens
+in which everything is compared with everything, one round of Qwen3-8B would hold a device that does
+150 TFLOP/s for four seconds."""
+
 
 @dataclass(frozen=True)
 class Repeats:
-    """That ``select`` takes ``weight`` times the redundancy of values in ``kv`` off its ranking."""
+    """That ``select`` takes ``weight`` times the redundancy of values in ``kv`` off its ranking.
+
+    most_later: so many later candidates are looked at.
+    """
 
     kv: PagedKV
     weight: float
+    most_later: int = MOST_LATER
 
 
 def redundancy(repeats: Repeats, batch: RoundBatch) -> Tensor:
-    """``weight`` times ``r(t) = log(1 + sum over u > t of max(0, cos(v_t, v_u))^8)`` for every
-    candidate t, with u over the candidates of the same layer and KV head.
+    """``weight`` times ``r(t) = log(1 + sum over u of max(0, cos(v_t, v_u))^8)`` for every
+    candidate t, with u over the next ``most_later`` candidates of the same layer and KV head.
 
     Values carry no position, so two tokens that say the same are alike wherever they stand. A
     cosine knows no length: scales of tokens and heads, which are positive, change nothing. A value
@@ -32,4 +41,4 @@ def redundancy(repeats: Repeats, batch: RoundBatch) -> Tensor:
     synchronise with the device. Raises ArgumentError.
     """
     check_redundancy(repeats.kv, batch)
-    return redundancy_torch.redundancy(repeats.kv, batch, repeats.weight)
+    return redundancy_torch.redundancy(repeats.kv, batch, repeats.weight, repeats.most_later)

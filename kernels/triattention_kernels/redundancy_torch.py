@@ -13,7 +13,7 @@ SQUARINGS = 3
 CHUNK = 128
 
 
-def redundancy(kv: PagedKV, batch: RoundBatch, weight: float) -> Tensor:
+def redundancy(kv: PagedKV, batch: RoundBatch, weight: float, most_later: int) -> Tensor:
     """See ``triattention_kernels.redundancy.redundancy``."""
     num_tokens = batch.source_blocks.shape[1] * kv.block_size
     shape = (batch.num_requests, kv.num_layers, kv.num_kv_heads, num_tokens)
@@ -24,19 +24,22 @@ def redundancy(kv: PagedKV, batch: RoundBatch, weight: float) -> Tensor:
             region = batch.source_blocks[request_idx, :num_blocks]
             values = tokens_in_order(region_numbers(part.values, region))
             end = num_blocks * kv.block_size
-            found[request_idx, layers.start, :, first:end] = weight * of_values(values[:, first:])
+            own = of_values(values[:, first:], most_later)
+            found[request_idx, layers.start, :, first:end] = weight * own
     return found
 
 
-def of_values(values: Tensor) -> Tensor:
-    """``r`` [H, T] of values [H, T, D] float32 in order. Time goes with the square of T; chunks
-    of t stay in the processor's cache. What is not finite has no direction."""
+def of_values(values: Tensor, most_later: int) -> Tensor:
+    """``r`` [H, T] of values [H, T, D] float32 in order. Time goes with T times the later ones that
+    are looked at; chunks of t stay in the processor's cache. What is not finite has no direction.
+    """
     directions = normalize(values, dim=-1).nan_to_num_(nan=0.0)
     found = []
     for start in range(0, values.shape[1], CHUNK):
-        own, later = directions[:, start : start + CHUNK], directions[:, start:]
+        own = directions[:, start : start + CHUNK]
+        later = directions[:, start : start + CHUNK + most_later]
         alike = (own @ later.transpose(1, 2)).clamp_(min=0)  # [H, t, u]
         for _ in range(SQUARINGS):
             alike.square_()
-        found.append(alike.triu_(1).sum(-1))
+        found.append(alike.triu_(1).tril_(most_later).sum(-1))
     return torch.cat(found, dim=1).log1p()

@@ -64,6 +64,7 @@ def tile_redundancy(
     tile,
     first,
     end,
+    most_later,
     stride_block,
     stride_s1,
     stride_s2,
@@ -81,7 +82,8 @@ def tile_redundancy(
     TILE: tl.constexpr,
     LATER_TILE: tl.constexpr,
 ):
-    """Redundancy [TILE] of the candidates from ``first + tile * TILE`` on, against all later ones.
+    """Redundancy [TILE] of the candidates from ``first + tile * TILE`` on, against the next
+    ``most_later`` of each.
 
     Tiles before the own one are not looked at. Later tiles follow in order, so that a sum depends
     on the request alone.
@@ -107,7 +109,8 @@ def tile_redundancy(
         EXACT,
     )
     total = tl.zeros((TILE,), tl.float32)
-    for start in range(first + tile * TILE, end, LATER_TILE):
+    last = tl.minimum(end, first + (tile + 1) * TILE + most_later)
+    for start in range(first + tile * TILE, last, LATER_TILE):
         tokens = start + tl.arange(0, LATER_TILE)
         later, later_shrink = load_values(
             values,
@@ -133,7 +136,9 @@ def tile_redundancy(
         alike = tl.where(alike > 0, alike, 0.0)  # which no NaN is
         for _ in tl.static_range(SQUARINGS):
             alike = alike * alike
-        total += tl.sum(tl.where(tokens[None, :] > own_tokens[:, None], alike, 0.0), axis=1)
+        between = tokens[None, :] - own_tokens[:, None]
+        counts = (between > 0) & (between <= most_later)
+        total += tl.sum(tl.where(counts, alike, 0.0), axis=1)
     return tl.log(1 + total)
 
 

@@ -21,6 +21,9 @@ TILE_DIMS = 64
 # Tensor cores cut off what does not fit when they add. Sums of so many products each are added up
 # outside of them, rounded to nearest: longer ones would err more than sums in float32 do.
 DOT_TERMS = 16
+# Query heads times head dim. Of an unrolled loop sm_100 keeps the sums of all products at once, and
+# has room for 512 columns of them; other devices spill.
+MOST_UNROLLED = 4096
 
 
 @triton.jit
@@ -73,6 +76,7 @@ def score_kernel(
     PAIRS_TILE: tl.constexpr,
     REST_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    UNROLL: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program: a tile of tokens of one KV head, layer and request, all its query heads.
@@ -107,7 +111,7 @@ def score_kernel(
     head_centres = centres + heads[None, :] * centre_stride_head
     head_norms = norms + heads[None, :] * norm_stride_head
     total = tl.zeros((TILE, GROUP_PAD), tl.float32)
-    for start in tl.static_range(0, ROTARY_DIM // 2, PAIRS_TILE):
+    for start in (tl.static_range if UNROLL else tl.range)(0, ROTARY_DIM // 2, PAIRS_TILE):
         pairs = start + tl.arange(0, PAIRS_TILE)
         present = pairs < ROTARY_DIM // 2
         # Neighbours: both loads touch the same sectors, the second finds them in L1.
@@ -142,7 +146,7 @@ def score_kernel(
             total = tl.dot(x, along, total, input_precision=PRECISION)
             total = tl.dot(y, across, total, input_precision=PRECISION)
             total = tl.dot(norm, length, total, input_precision=PRECISION)
-    for start in tl.static_range(ROTARY_DIM, HEAD_DIM, REST_TILE):
+    for start in (tl.static_range if UNROLL else tl.range)(ROTARY_DIM, HEAD_DIM, REST_TILE):
         dims = start + tl.arange(0, REST_TILE)
         present = dims < HEAD_DIM
         mask = in_region[:, None] & present[None, :]
@@ -245,7 +249,7 @@ def check_weights(centres: Tensor, norm_weights: Tensor, turns: Tensor) -> None:
             )
 
 
-def score_constants(group: int, head_dim: int, rotary_dim: int) -> dict[str, int | str]:
+def score_constants(group: int, head_dim: int, rotary_dim: int) -> dict[str, int | str | bool]:
     """Tile sizes and arithmetic of ``score_kernel``.
 
     On NVIDIA tensor cores float32 operands are split in three TF32 products (``tf32x3``), whose
@@ -261,9 +265,11 @@ def score_constants(group: int, head_dim: int, rotary_dim: int) -> dict[str, int
         padded = int(triton.next_power_of_2(max(num_dims, 1)))
         return min(max(padded, smallest_dims), DOT_TERMS if uses_dot else TILE_DIMS)
 
+    padded_group = max(int(triton.next_power_of_2(group)), smallest_group)
     return {
         "GROUP": group,
-        "GROUP_PAD": max(triton.next_power_of_2(group), smallest_group),
+        "GROUP_PAD": padded_group,
+        "UNROLL": not uses_dot or padded_group * head_dim <= MOST_UNROLLED,
         "PAIRS_TILE": tile(rotary_dim // 2),
         "REST_TILE": tile(head_dim - rotary_dim),
         "PRECISION": ("ieee" if on_amd else "tf32x3") if uses_dot else "sum",

@@ -74,6 +74,7 @@ def statistics_and_redundancy_kernel(
     stds,
     penalty,
     weight,
+    most_later,
     num_tokens,
     num_tiles,
     num_columns,
@@ -121,6 +122,7 @@ def statistics_and_redundancy_kernel(
             tile,
             first,
             end,
+            most_later,
             stride_block,
             stride_s1,
             stride_s2,
@@ -156,7 +158,8 @@ def statistics(
 
     Moves its part of ``traffic.select_traffic``. Redundancy reads the values of a KV head
     ``T / (2 TILE)`` times on average, from L2 but for the first, and takes ``L H_kv T^2 D``
-    floating-point operations a request, since only later tokens count.
+    floating-point operations a request, since only later tokens count; above ``most_later`` tokens
+    ``2 L H_kv T most_later D`` at most.
 
     Products of values as they are stored are exact, and only their sums round. Tensor cores add up
     all dims at once here, not 16 as in ``score``: they cut off some 1e-7 of a cosine and so 1e-6 of
@@ -197,6 +200,7 @@ def statistics(
         stds,
         penalty,
         repeats.weight,
+        repeats.most_later,
         num_tokens,
         num_tiles,
         batch.source_blocks.shape[1],

@@ -212,3 +212,30 @@ def test_a_prompt_that_finds_no_room_beside_a_waiting_session_gets_it(when: str)
         world.check_invariants()
     assert {plan.request_id for plan in world.plans} >= {"off"}
     assert world.live["beside"].request.num_computed_tokens > 150
+
+
+def test_a_session_is_compressed_for_nobody_who_found_no_room() -> None:
+    """Regression: it was, for a request that was gone by the next step, and for one that waited
+    for something else than memory, such as a slot or the end of a pause."""
+    settings = replace(IN_WORLD, when="pressure", max_request_budget=400)
+    world = PoolWorld(settings, 4, 101, max_batched=16)
+    world.add("off", list(range(300)), max_tokens=20, extra_args={"kv_compression": "off"})
+    while not world.live or world.live["off"].request.num_computed_tokens < 300:
+        world.step()
+    world.park("off")
+    params = world.requests["off"].sampling_params
+    assert params is not None
+    params.extra_args = None
+    world.add("gone", [10**6 + position for position in range(150)])
+    assert world.step() == []
+    assert world.without_room.are_stuck(world.requests)
+    del world.requests[world.waiting.pop().request.request_id]
+    world.add("slotless", [10**7 + position for position in range(20)])
+    waiting, world.waiting = world.waiting, []
+    for _ in range(3):
+        assert not world.without_room.are_stuck(world.requests)
+        assert world.step() == []
+    world.waiting = waiting
+    world.step()
+    assert world.live.keys() == {"slotless"}
+    assert world.plans == []

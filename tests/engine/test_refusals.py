@@ -11,6 +11,8 @@ from fresh_process import ProcessError
 from vllm.config import CUDAGraphMode, KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionType
 
 from triattention_vllm.config import Settings
@@ -62,7 +64,7 @@ def with_ngram(**changes: Any) -> Callable[[VllmConfig], Any]:
 REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
     "MLA": (with_model(use_mla=True), "multi-head latent attention"),
     "encoder-decoder": (with_model(is_encoder_decoder=True), "cross-attention"),
-    "pooling": (with_model(runner_type="pooling"), "only generation"),
+    "pooling": (with_model(runner_type="pooling"), "only text generation"),
     "prefix LM": (with_model(is_mm_prefix_lm=True), "both directions"),
     "R-SWA": (with_model(rswa_window=128), "keep the prompt by token position"),
     "decode context parallel": (
@@ -137,6 +139,31 @@ def test_scores_that_are_not_normalised_are_refused_beside_scaled_keys(config: V
     refuse_unsupported(scaled, Settings())
     with pytest.raises(UnsupportedError, match="leave it at 'heads', or set --kv-cache-dtype auto"):
         refuse_unsupported(scaled, plain)
+
+
+def test_redundancy_is_refused_on_a_gpu_whose_shared_memory_its_kernel_exceeds(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: a server on a GPU of compute capability 7.5 failed while it warmed up."""
+
+    class Gpu(CpuPlatform):
+        capability = DeviceCapability(7, 5)
+
+        @classmethod
+        def is_cuda(cls) -> bool:
+            return True
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return cls.capability
+
+    refuse_unsupported(config, Settings())
+    monkeypatch.setattr(refusals, "current_platform", Gpu)
+    with pytest.raises(UnsupportedError, match="score_redundancy needs a GPU of .* set it to 0"):
+        refuse_unsupported(config, Settings())
+    refuse_unsupported(config, Settings(score_redundancy=0))
+    Gpu.capability = DeviceCapability(8, 0)
+    refuse_unsupported(config, Settings())
 
 
 @pytest.mark.feature("Rust frontend", "refused")
@@ -293,7 +320,7 @@ def test_a_pooling_model_is_refused_with_compression_and_untouched_without(
     assert untouched.scheduler_config.scheduler_cls is None
     assert untouched.parallel_config.worker_cls == CPU_WORKER
     on = {"kv_compression": {"method": "triattention"}}
-    with pytest.raises(UnsupportedError, match="runs as 'pooling' and only generation"):
+    with pytest.raises(UnsupportedError, match="runs as 'pooling' and only text generation"):
         EngineArgs(model, additional_config=on, **arguments).create_engine_config()
 
 

@@ -219,6 +219,16 @@ def test_every_kind_of_score_compiles(for_target, key, group, head_dim, rotary_d
     assert launch.compiled(for_target).spilled == 0
 
 
+@pytest.mark.parametrize("for_target", ["sm_90", "sm_100"], indirect=True)
+@pytest.mark.parametrize(("group", "head_dim"), [(16, 256), (64, 128), (64, 256)])
+def test_many_query_heads_of_large_head_dims_compile(for_target, group, head_dim):
+    """Regression: on sm_100, 64 heads of head dim 256 took 784 of 512 columns of the memory of
+    tensor cores, and spilled elsewhere."""
+    launch = score_launch(torch.bfloat16, group, head_dim, head_dim, interleaved=False)
+    assert launch.compiled(for_target).spilled == 0
+    assert launch.program(for_target).metadata.tmem_size <= 512
+
+
 @pytest.mark.parametrize("for_target", TARGETS, indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),

@@ -31,16 +31,16 @@ def oracle(values: Tensor, batch) -> Tensor:
     return found
 
 
-def of_torch(kv: PagedKV, batch, weight: float = 1.0) -> Tensor:
-    return redundancy(Repeats(kv, weight), batch)
+def of_torch(kv: PagedKV, batch, weight: float = 1.0, **further: int) -> Tensor:
+    return redundancy(Repeats(kv, weight, **further), batch)
 
 
-def of_triton(kv: PagedKV, batch, weight: float = 1.0) -> Tensor:
+def of_triton(kv: PagedKV, batch, weight: float = 1.0, **further: int) -> Tensor:
     """0 for other tokens than candidates, which the kernel does not write."""
     num_tokens = batch.source_blocks.shape[1] * kv.block_size
     scores = torch.zeros(batch.num_requests, kv.num_layers, kv.num_kv_heads, num_tokens)
     name = "triattention_kernels.statistics_triton:statistics"
-    arguments = (scores, batch, kv.block_size, kv.num_kv_heads, Repeats(kv, weight))
+    arguments = (scores, batch, kv.block_size, kv.num_kv_heads, Repeats(kv, weight, **further))
     found, _ = run_triton(name, *arguments)
     for idx, first in enumerate(batch.first_candidate):
         end = batch.num_source_blocks[idx] * kv.block_size
@@ -105,6 +105,20 @@ def test_long_regions_are_compared_in_parts(num_blocks, make_cache, make_batch):
     for found in (of_torch(cache.kv, batch), of_triton(cache.kv, batch)):
         assert (found[..., :3] == 0).all()
         torch.testing.assert_close(found[0, 0, 0, 3:].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("most_later", [1, 20, 128, 200, 1000])
+def test_only_so_many_later_ones_are_looked_at(most_later, make_cache, make_batch):
+    """Regression: a region of a hundred thousand tokens would have held a GPU for seconds."""
+    cache = make_cache("head_major", (1, 20, 2, 16, 8))
+    batch = make_batch([list(range(1, 20)), [1, 2]], [[0], [1]], [3, 0])
+    values = cache.dense()[1].double()[0, 1:].transpose(0, 1).flatten(1, 2)[:, 3:]
+    expected = torch.tensor([redundancy_by_lists(head.tolist(), most_later) for head in values])
+    for found in (
+        of_torch(cache.kv, batch, most_later=most_later),
+        of_triton(cache.kv, batch, most_later=most_later),
+    ):
+        torch.testing.assert_close(found[0, 0, :, 3:], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])

@@ -48,7 +48,10 @@ def test_every_layout_and_pairing_is_no_worse_than_torch(
 
 @pytest.mark.parametrize(
     ("group", "head_dim", "rotary_dim"),
-    [(1, 64, 64), (2, 80, 80), (3, 96, 24), (4, 128, 128), (5, 80, 32), (8, 64, 64), (16, 256, 64)],
+    [
+        *((1, 64, 64), (2, 80, 80), (3, 96, 24), (4, 128, 128), (5, 80, 32), (8, 64, 64)),
+        *((16, 256, 64), (24, 256, 96)),
+    ],
 )
 def test_every_group_and_head_dim_is_no_worse_than_torch(
     group, head_dim, rotary_dim, make_cache, make_batch

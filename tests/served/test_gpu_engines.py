@@ -63,10 +63,13 @@ def test_a_case_has_what_its_card_leaves(cases: ModuleType, decode: ModuleType) 
     assert 3072 + 128 + 2 * 2048 < tokens["large"] < 32_768
     with pytest.raises(ValueError, match="a card of 80 GiB is asked for, and this one has 48"):
         cases.size_for(every["card80"], 48 << 30, 384)
-    reason = decode.skipped_reason(
+    status, reason = decode.skipped_reason(
         cases.Load(32_768, 8), cases.size_for(every["batches"], 80 << 30, 384), 0.0, 1e9
     )
+    assert status == "no room"
     assert "full attention needs" in reason
+    wide = sizes["batch128"]
+    assert wide.pool_bytes == wide.needed_bytes(cases.Load(4096, 128))
 
 
 @dataclass
@@ -87,7 +90,8 @@ class Starts:
         self.limits.append(seconds)
         self.now += self.seconds
         status = self.ends.get((name, way), "started")
-        return {"status": status, "way": way} | ({"side": name} if status == "started" else {})
+        found = {"status": status, "way": way}
+        return found | ({"side": name, "start_s": self.seconds} if status == "started" else {})
 
 
 def starts_of(
@@ -168,21 +172,55 @@ def test_some_sides_of_a_case_can_be_measured_alone(cases: ModuleType, decode: M
     case = cases.all_cases(2048)["caches"]
     assert list(case.only(["turboquant", "full"]).sides) == ["turboquant", "full"]
     assert case.only(list(case.sides)) == case
-    alone = case.only(["fp8"])
-    assert decode.exit_code([{"name": "fp8", "status": "failed"}], alone) == 1
-    assert decode.exit_code([{"name": "fp8", "status": "started"}], alone) == 0
-    compressed = case.only(["fp8", "compressed"])
-    assert decode.exit_code([{"name": "fp8", "status": "started"}], compressed) == 1
     with pytest.raises(ValueError, match="no side int8; it has full, fp8, turboquant, compressed"):
         case.only(["int8"])
+
+
+@pytest.mark.parametrize(
+    ("statuses", "measured", "skipped", "code"),
+    [
+        ({"full": "started", "compressed": "started"}, ("full", "compressed"), "", 0),
+        ({"full": "started", "compressed": "started"}, ("full", "compressed"), "no room", 0),
+        ({"full": "no room", "compressed": "started"}, ("compressed",), "", 0),
+        ({"full": "started", "compressed": "started"}, (), "failed", 1),
+        ({"full": "started", "compressed": "started"}, ("full", "compressed"), "failed", 1),
+        ({"full": "failed", "compressed": "started"}, ("compressed",), "", 1),
+        ({"full": "started", "compressed": "failed"}, ("full",), "", 1),
+        ({"full": "started", "compressed": "no room"}, ("full",), "", 1),
+        ({"full": "started", "compressed": "refused"}, ("full",), "", 3),
+        ({"full": "started", "compressed": "started"}, ("full",), "no time", 4),
+        ({"full": "started", "compressed": "started"}, (), "", 4),
+        ({"full": "started"}, ("full",), "", 4),
+    ],
+)
+def test_only_what_was_measured_on_every_side_has_passed(
+    cases: ModuleType,
+    decode: ModuleType,
+    statuses: dict[str, str],
+    measured: tuple[str, ...],
+    skipped: str,
+    code: int,
+) -> None:
+    """Regression: an engine that died in its first decode step, or had no time, had passed."""
+    case = cases.all_cases(2048)["batches"]
+    found = {
+        "starts": [{"name": name, "status": status} for name, status in statuses.items()],
+        "results": [{"context": 8192, **{name: {} for name in measured}}] if measured else [],
+        "backlogs": {},
+        "skipped": [{"status": skipped}] if skipped else [],
+    }
+    assert decode.exit_code(found, case) == code
+    found |= {"results": [], "backlogs": dict.fromkeys(measured)}
+    assert decode.exit_code(found, case) == code
 
 
 def test_sides_one_after_another_run_in_the_way_of_the_first(
     cases: ModuleType, decode: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Regression: each group of sides began again with the first way."""
+    """Regression: each group of sides began again with the first way. Compression is the first, so
+    that it is not what has no time."""
     sides = sys.modules["gpu.sides"]
-    starts = Starts({("full", sides.COMPILED): "failed"})
+    starts = Starts({("compressed", sides.COMPILED): "failed"})
     monkeypatch.setattr(sides, "start", starts.start)
     both = {"full": cases.Side(), "compressed": cases.Side(cases.settings(2048))}
     size = cases.Size(cases.Case(both, backlog=cases.Backlog()), 128, pool_bytes=1 << 30)
@@ -193,10 +231,46 @@ def test_sides_one_after_another_run_in_the_way_of_the_first(
     decode.run_case(size, tmp_path, report, tmp_path, time.monotonic(), 900.0, ways)
     made = [(start["name"], start["way"]) for start in report.found["starts"]]
     assert made == [
-        ("full", sides.COMPILED),
-        ("full", sides.GRAPHS),
+        ("compressed", sides.COMPILED),
         ("compressed", sides.GRAPHS),
+        ("full", sides.GRAPHS),
     ]
+
+
+@pytest.mark.parametrize(("start_s", "least_serve_s"), [(60.0, 20.0), (75.0, 10.0)])
+def test_both_sides_of_a_card_are_filled_and_serve_equally_long_in_the_time_of_a_call(
+    cases: ModuleType,
+    decode: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    start_s: float,
+    least_serve_s: float,
+) -> None:
+    """Regression: in four and a half minutes only full attention was measured, and a minute of
+    them was left over."""
+    sides = sys.modules["gpu.sides"]
+    starts = Starts({}, seconds=start_s)
+    monkeypatch.setattr(sides, "start", starts.start)
+    monkeypatch.setattr(sides, "time", starts)
+    monkeypatch.setattr(decode, "time", starts)
+    monkeypatch.setattr(decode, "ended_after", lambda side, seconds: nullcontext())
+    served: dict[str, float] = {}
+
+    def one_backlog(
+        report: Any, case: Any, name: str, process: Any, fill_s: float, serve_s: float
+    ) -> None:
+        assert fill_s >= decode.LEAST_FILL_S / 2
+        starts.now += fill_s + serve_s
+        served[name] = serve_s
+
+    monkeypatch.setattr(decode, "one_backlog", one_backlog)
+    size = cases.size_for(cases.all_cases(3072)["card24"], 139 << 30, 384)
+    report = decode.Report(tmp_path / "card.json", {})
+    decode.run_case(size, tmp_path, report, tmp_path, 0.0, 0.95 * 270, list(sides.WAYS))
+    assert list(served) == ["compressed", "full"]
+    assert least_serve_s <= served["compressed"] == served["full"] <= 60.0
+    assert report.found["skipped"] == []
+    assert 0.9 * 270 <= starts.now <= 0.95 * 270 + 1
 
 
 TINY_ARGUMENTS = {
@@ -240,7 +314,7 @@ def test_engines_decode_in_turns_and_serve_a_backlog(
     decode.run_case(size, tiny_folder, report, tmp_path, began, 900.0, [])
     found = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
     assert [started["status"] for started in found["starts"]] == ["started", "started"], found
-    assert decode.exit_code(found["starts"], case) == 0
+    assert decode.exit_code(found, case) == 0
     assert found["starts"][0]["engine"]["worker"].endswith("CPUWorker")
     result, smaller = found["results"]
     assert (result["budget"], smaller["budget"]) == (None, 128)
@@ -253,6 +327,7 @@ def test_engines_decode_in_turns_and_serve_a_backlog(
     tpot = result["compressed"]["tpot_ms"]
     assert 0 < tpot["p50"] <= tpot["p99"]
     (skipped,) = found["skipped"]
+    assert skipped["status"] == "no room"
     assert "full attention needs" in skipped["reason"]
     full, compressed = found["backlogs"]["full"], found["backlogs"]["compressed"]
     for own in (full, compressed):
@@ -260,6 +335,12 @@ def test_engines_decode_in_turns_and_serve_a_backlog(
         assert own["tokens_per_s"] > 0
         assert own["held_at_the_end"] == 0
         assert len(own["moments"]["rows"]) > 5
+        assert 0 < own["tpot_ms"]["p50"] <= own["tpot_ms"]["p99"]
+        assert own["device_used_bytes"] is None, "there is no device"
+    assert (full["rounds"], full["rounds_share"], full["round_ms"]) == (0, 0.0, None)
+    assert compressed["rounds"] > 0
+    assert 0 < compressed["rounds_share"] < 1
+    assert compressed["round_ms"]["median"] > 0
     assert compressed["most_running"] > full["filled"]["first"]
     assert compressed["filled"]["first"] > full["filled"]["first"]
     assert full["filled"]["longest_prompt"] > 600

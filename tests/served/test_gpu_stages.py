@@ -216,7 +216,7 @@ def test_the_table_says_how_every_engine_was_started(
     }
     lines = [line.strip() for line in stages.table_of({"stages": summary}).splitlines()]
     assert "compressed (eager) failed: it did not end within 1 s, see dense-compressed.log" in lines
-    assert any(line.startswith(f"compressed ({sides.COMPILED}) not begun: 1 s") for line in lines)
+    assert any(line.startswith(f"compressed ({sides.COMPILED}) not begun: ") for line in lines)
     assert "full (eager) started" in lines
     assert "compressed (eager) refused: no worker" in lines
     assert len(lines) == 1 + len(summary) + 4

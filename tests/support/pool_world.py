@@ -24,7 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from triattention_vllm.config import Settings
 from triattention_vllm.engine.kv_manager import RoundPlan, join_groups, leave_room_beside_hits
-from triattention_vllm.engine.pressure import PoolPressure, is_stuck, start_rounds
+from triattention_vllm.engine.pressure import PoolPressure, WithoutRoom, start_rounds
 from triattention_vllm.engine.requests import keep_servable
 from triattention_vllm.engine.rounds import runs
 from triattention_vllm.engine.spec import CompressedAttentionSpec
@@ -128,7 +128,7 @@ class PoolWorld:
         self.live: dict[str, Live] = {}
         self.waiting: list[Live] = []
         self.parked: dict[str, Live] = {}
-        self.is_stuck = False
+        self.without_room = WithoutRoom(self.kv)
         self.num_preemptions = 0
         self.plans: list[RoundPlan] = []
 
@@ -173,7 +173,9 @@ class PoolWorld:
     def step(self) -> list[RoundPlan]:
         """Schedule every request it can, run the rounds, then write the step's tokens."""
         self.settle()
-        start_rounds(self.managers, self.pressure, self.requests, len(self.live), self.is_stuck)
+        is_stuck = self.without_room.are_stuck(self.requests)
+        start_rounds(self.managers, self.pressure, self.requests, len(self.live), is_stuck)
+        self.without_room.begin_step()
         self.token_budget = self.max_batched
         scheduled: list[tuple[Live, int]] = []
         for live in list(self.live.values()):
@@ -181,7 +183,7 @@ class PoolWorld:
                 self._schedule_running(live, scheduled)
         while self.waiting and self._admit(self.waiting[0], scheduled):
             self.waiting.pop(0)
-        self.is_stuck = is_stuck(len(scheduled), len(self.live), self.requests)
+        self.without_room.end_step(len(scheduled), len(self.live))
         plans = self.manager.take_plans()
         self.plans += plans
         # Raises where no order of launches would read everything before it is overwritten.

@@ -66,11 +66,12 @@ def assert_close_by_row(found: Tensor, expected: Tensor, tolerance: float) -> No
     assert (error <= tolerance * scale).all(), float((error / scale).max())
 
 
-def redundancy_by_lists(values: list[list[float]]) -> list[float]:
-    """Of candidates' values [T][D]: the logarithm of how often later ones say it."""
+def redundancy_by_lists(values: list[list[float]], most_later: int = 16_384) -> list[float]:
+    """Of candidates' values [T][D]: the logarithm of how often the next ones say it."""
     unit = [[x / (math.hypot(*value) or 1.0) for x in value] for value in values]
     found = []
     for t, own in enumerate(unit):
-        cosines = [sum(map(math.prod, zip(own, later, strict=True))) for later in unit[t + 1 :]]
+        following = unit[t + 1 : t + 1 + most_later]
+        cosines = [sum(map(math.prod, zip(own, later, strict=True))) for later in following]
         found.append(math.log(1 + sum(max(0.0, cosine) ** 8 for cosine in cosines)))
     return found

@@ -6,9 +6,11 @@ threshold gets its rounds first.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
@@ -107,7 +109,7 @@ def start_rounds(
     that hold blocks and are not scheduled. Such wait for the next input of a session: vLLM cannot
     preempt them, and others may need their room.
 
-    requests: all of the engine, by id. is_stuck: see ``is_stuck``.
+    requests: all of the engine, by id. is_stuck: see ``WithoutRoom.are_stuck``.
     """
     if pressure is not None:
         pressure.relieve(requests, is_stuck)
@@ -117,13 +119,38 @@ def start_rounds(
                 start_due_rounds(managers, request)
 
 
-def is_stuck(num_scheduled: int, num_running: int, requests: Mapping[str, Request]) -> bool:
-    """Whether a step ran nothing though something waits to run: it found no room beside requests
-    that hold blocks and do not run, and never will unless these are compressed."""
-    waits = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-    return not (num_scheduled or num_running) and any(
-        request.status in waits for request in requests.values()
-    )
+class WithoutRoom:
+    """Which requests found no room in the step before, and whether they wait for ever."""
+
+    def __init__(self, kv_cache_manager: KVCacheManager) -> None:
+        self._refused: set[str] = set()
+        self._ran_nothing = False
+        allocate = kv_cache_manager.allocate_slots
+
+        def allocate_slots(request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+            found = allocate(request, *args, **kwargs)
+            if found is None:
+                self._refused.add(request.request_id)
+            return found
+
+        kv_cache_manager.allocate_slots = allocate_slots
+
+    def begin_step(self) -> None:
+        """From now on requests are asked about their room again."""
+        self._refused.clear()
+
+    def end_step(self, num_scheduled: int, num_running: int) -> None:
+        """What was scheduled, and what runs."""
+        self._ran_nothing = not (num_scheduled or num_running)
+
+    def are_stuck(self, requests: Mapping[str, Request]) -> bool:
+        """Whether the step ran nothing, and one that found no room still waits for it: it has none
+        beside requests that hold blocks and do not run, and never will unless these are compressed.
+        """
+        waits = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        return self._ran_nothing and any(
+            requests[request_id].status in waits for request_id in self._refused & requests.keys()
+        )
 
 
 def holding(

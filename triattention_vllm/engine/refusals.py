@@ -6,6 +6,7 @@ import vllm.envs as envs
 from torch import nn
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
@@ -19,6 +20,10 @@ from triattention_vllm.method.scorers import OBSERVING_SCORERS
 _OWN_DRAFTERS = ("gemma4_mtp", "step3p5_mtp")
 """Draft configurations that vLLM does not run through the proposer of all other MTP layers: their
 layers lie in several KV-cache groups."""
+
+REDUNDANCY_CAPABILITY = 80
+"""CUDA compute capability, times ten. Before it a block has 64 KB of shared memory, and the kernel
+of redundancy takes up to 96."""
 
 _READ_MODES = {get_kv_quant_mode(name) for name in KV_DTYPES}
 
@@ -74,6 +79,7 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
     if settings.method in OBSERVING_SCORERS:
         yield from _observation_refusals(vllm_config, settings)
     yield from _cache_refusals(vllm_config, settings)
+    yield from _device_refusals(settings)
     if envs.VLLM_USE_RUST_FRONTEND:
         yield (
             "the Rust frontend does not check kv_budget and has none of our metrics; "
@@ -88,6 +94,16 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
         yield (
             "model runner V2 has no room for a round's rows before vLLM 0.30; set "
             "VLLM_USE_V2_MODEL_RUNNER=0, or install vLLM 0.30 or newer"
+        )
+
+
+def _device_refusals(settings: Settings) -> Iterator[str]:
+    if not settings.redundancy or not current_platform.is_cuda():
+        return
+    if not current_platform.has_device_capability(REDUNDANCY_CAPABILITY):
+        yield (
+            "score_redundancy needs a GPU of compute capability 8.0 or newer: on an older one its "
+            "kernel finds too little shared memory; set it to 0"
         )
 
 

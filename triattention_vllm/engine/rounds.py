@@ -32,10 +32,10 @@ from triattention_vllm.method.statistics import Statistics
 
 MAX_BATCH_BYTES = 3 << 27
 """Scratch memory of one batch of launches on a GPU, 0.4 GB, before the step's own activations need
-it: vLLM's profile of memory does not see it. With Qwen3-8B's shape and ``per_head`` that is 68
-thousand tokens of regions, counted as padded there: requests times the longest region. A region
-that takes more is a batch of its own. A single request whose blocks come back at other places also
-takes room for its own kept tokens, at most its budget.
+it. vLLM's profile of memory does not see it, so a GPU's worker asks for it at start. With
+Qwen3-8B's shape and ``per_head`` that is 68 thousand tokens of regions, counted as padded there:
+requests times the longest region. A region that takes more is a batch of its own. A single request
+whose blocks come back at other places also takes room for its own kept tokens, at most its budget.
 """
 
 

@@ -23,7 +23,7 @@ from triattention_vllm.engine.kv_manager import (
 )
 from triattention_vllm.engine.metrics_file import metrics_file
 from triattention_vllm.engine.periodic_log import PeriodicLog
-from triattention_vllm.engine.pressure import PoolPressure, is_stuck, start_rounds
+from triattention_vllm.engine.pressure import PoolPressure, WithoutRoom, start_rounds
 from triattention_vllm.engine.requests import keep_servable
 from triattention_vllm.engine.spec import group_capacity
 from triattention_vllm.engine.step_counts import STEP_METRICS, StepCounts
@@ -84,7 +84,9 @@ class CompressionScheduler(Scheduler):
         for manager in self.compressed_managers:
             manager.requests = self.requests
         self.pressure = pool_pressure(self)
-        self.is_stuck = False
+        self.without_room = None
+        if self.pressure is not None:
+            self.without_room = WithoutRoom(self.kv_cache_manager)
         metrics = metrics_file(self.vllm_config, STEP_METRICS) if self.log_stats else None
         self.step_counts: StepCounts | None = None
         if metrics is not None:
@@ -99,12 +101,14 @@ class CompressionScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """One step, as vLLM schedules it, with the rounds that it started."""
-        managers, running = self.compressed_managers, self.running
-        start_rounds(managers, self.pressure, self.requests, len(running), self.is_stuck)
+        managers, running, without_room = self.compressed_managers, self.running, self.without_room
+        is_stuck = without_room is not None and without_room.are_stuck(self.requests)
+        start_rounds(managers, self.pressure, self.requests, len(running), is_stuck)
+        if without_room is not None and not throttle_prefills:
+            without_room.begin_step()
         output = with_rounds(super().schedule(throttle_prefills), managers)
-        if self.pressure is not None and not throttle_prefills:
-            num_scheduled = len(output.num_scheduled_tokens)
-            self.is_stuck = is_stuck(num_scheduled, len(self.running), self.requests)
+        if without_room is not None and not throttle_prefills:
+            without_room.end_step(len(output.num_scheduled_tokens), len(self.running))
         if self.step_counts is not None:
             self.step_counts.count(output, plans_of(output), self.running)
         if self.trace is not None:
