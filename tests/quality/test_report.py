@@ -20,7 +20,11 @@ def test_the_tables_of_the_page_are_those_of_the_result_files(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "page"), [("earlier_model", PAGE), ("trained_again", PAGE.with_name("training.md"))]
+    ("name", "page"),
+    [
+        *(("earlier_model", PAGE), ("other_seed", PAGE)),
+        ("trained_again", PAGE.with_name("training.md")),
+    ],
 )
 def test_the_table_of_another_model_is_that_of_its_file(name: str, page: Path) -> None:
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
