@@ -95,6 +95,22 @@ def test_the_readmes_known_case_is_the_plans() -> None:
     assert "full 40,960, three at once ([the configuration](configs/reasoning-24gb.yaml))" in README
 
 
+@pytest.mark.parametrize("length", [8192, 16384, 32768])
+def test_the_readmes_requests_at_once_are_the_plans(
+    length: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / "tests" / "tools" / "configs" / "llama-3.1-8b.json")
+    fit = []
+    for budget in (4096, 2048):
+        words = ["--gpu-memory", "24", "--budget", str(budget), "--length", str(length)]
+        assert main(["plan", config, *words]) == 0
+        last = capsys.readouterr().out.strip().splitlines()[-1].split()
+        assert int(last[0]) == length
+        fit += [last[2], last[4]]
+    assert fit[0] == fit[2]
+    assert f"| {length} | {fit[0]} | {fit[1]} | {fit[3]} |\n" in README
+
+
 def test_the_table_of_the_authors_variables_is_generated() -> None:
     assert authors_table() in (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 
