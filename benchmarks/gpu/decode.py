@@ -222,7 +222,8 @@ def run_case(
                     if serve_s is None:
                         serve_s = max(0.0, min(case.backlog.seconds, own_s - LEAST_FILL_S))
                     fill_s = own_s - serve_s
-                    if serve_s < LEAST_SERVE_S or fill_s < LEAST_FILL_S / 2:
+                    least_serve_s = min(LEAST_SERVE_S, case.backlog.seconds)
+                    if serve_s < least_serve_s or fill_s < LEAST_FILL_S / 2:
                         reason = f"{own_s:.0f} s are left to fill it and to serve"
                         report.skip({"sides": [name]}, "no time", reason)
                         continue

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -320,6 +321,8 @@ def train(
     checkpoint_seconds: float,
 ) -> None:
     """Train until the last step. Rank 0 writes."""
+    # So torch tells that the starting process is gone; in the background of a script it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     training = Training(plan, num_ranks, device)
     training.resume(folder)

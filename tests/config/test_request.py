@@ -34,8 +34,8 @@ WRONG: list[tuple[dict[Any, object], str]] = [
 UNSERVABLE: list[tuple[int, str]] = [
     (-1, "budget is -1, allowed is a whole number of tokens, at least 1"),
     (0, "budget is 0, allowed"),
-    (95, "budget 95 is below window 32 .* set it to at least 96 tokens"),
-    (100, "budget 100 leaves no candidate .* set budget to 192 or more"),
+    (95, "budget 95 is below window 32 .* set it to at least 97 tokens"),
+    (100, "budget 100 leaves no candidate .* set budget to 128 or more"),
     (2033, "kv_budget is 2033, allowed here is at most 2032 tokens"),
     (2**63, f"kv_budget is {2**63}, allowed here is at most 2032 tokens"),
 ]

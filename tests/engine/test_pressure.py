@@ -226,7 +226,8 @@ def test_a_session_is_compressed_for_nobody_who_found_no_room() -> None:
     params = world.requests["off"].sampling_params
     assert params is not None
     params.extra_args = None
-    world.add("gone", [10**6 + position for position in range(150)])
+    other = [10**6 + position for position in range(150)]
+    world.add("gone", other, max_tokens=20, extra_args={"kv_compression": "off"})
     assert world.step() == []
     assert world.without_room.are_stuck(world.requests)
     del world.requests[world.waiting.pop().request.request_id]

@@ -57,8 +57,10 @@ def test_two_ranks_learn_and_go_on_from_their_checkpoint(tmp_path: Path) -> None
 
 
 def test_ranks_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """Regression: not where SIGINT is ignored, as in the background of a script."""
     folder = tmp_path / "run"
-    started = subprocess.Popen(command(folder, 1000), env=ENVIRONMENT)
+    in_the_background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command(folder, 1000)]
+    started = subprocess.Popen(in_the_background, env=ENVIRONMENT)
     try:
         deadline = time.monotonic() + 200
         while not (folder / "log.jsonl").is_file():

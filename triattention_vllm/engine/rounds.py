@@ -32,7 +32,7 @@ from triattention_vllm.method.statistics import Statistics
 
 MAX_BATCH_BYTES = 3 << 27
 """Scratch memory of one batch of launches on a GPU, 0.4 GB, before the step's own activations need
-it. vLLM's profile of memory does not see it, so a GPU's worker asks for it at start. With
+it. vLLM's profile of memory does not see it, so ``warm_up`` asks for it at start. With
 Qwen3-8B's shape and ``per_head`` that is 68 thousand tokens of regions, counted as padded there:
 requests times the longest region. A region that takes more is a batch of its own. A single request
 whose blocks come back at other places also takes room for its own kept tokens, at most its budget.
@@ -94,6 +94,9 @@ class Rounds(ABC):
                 row_blocks=(),
             )
             self.run_batch([in_kernel_blocks(plan, self.split)])
+        # What a batch may take is asked for now, and stays with torch: a card that has no room for
+        # it fails before a request comes.
+        torch.empty(MAX_BATCH_BYTES, dtype=torch.uint8, device=self.kv.keys.device)
 
 
 def runs(plans: Sequence[RoundPlan]) -> Iterator[dict[int, list[RoundPlan]]]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, TypeAlias
 
-import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
@@ -28,7 +27,6 @@ from triattention_vllm.engine.ranks import is_first_rank
 from triattention_vllm.engine.refusals import layers_sharing_a_cache, refuse_unsupported_layers
 from triattention_vllm.engine.round_time import RoundTime
 from triattention_vllm.engine.rounds import (
-    MAX_BATCH_BYTES,
     DraftRounds,
     Rounds,
     TargetRounds,
@@ -277,9 +275,6 @@ class CompressionGPUWorker(CompressionWorker):
                 spec = compressed_spec(self.kv_cache_config.kv_cache_groups[group_id])
                 assert spec is not None, "only compressed groups have rounds"
                 rounds.warm_up(group_id, spec.policy, self.kv_cache_config.num_blocks)
-            # What rounds may take at once is asked for now, and stays with torch: a card that has
-            # no room for it fails before a request comes.
-            torch.empty(MAX_BATCH_BYTES, dtype=torch.uint8, device=self.device)
         if JIT_MONITOR_CAN_WAIT:
             super()._maybe_activate_jit_monitor()
         return times
