@@ -164,7 +164,8 @@ def test_a_stage_that_fails_or_hangs_stops_nothing(
 
     class TimeOver(subprocess.Popen):  # type: ignore[type-arg]
         def wait(self, timeout: float | None = None) -> int:
-            if timeout is None or "pause()" not in self.args[-1]:
+            of_a_stage = timeout is not None and timeout > stages.SECONDS_TO_END
+            if not of_a_stage or "pause()" not in self.args[-1]:
                 return super().wait(timeout)
             while not (tmp_path / "kernels.json").exists():
                 assert self.poll() is None, "it ended without a result"
@@ -173,7 +174,8 @@ def test_a_stage_that_fails_or_hangs_stops_nothing(
 
     monkeypatch.setattr(stages.subprocess, "Popen", TimeOver)
     hangs = (
-        "import os, signal; open('FOLDER/part', 'w').write('{\"results\": [1]}'); "
+        "import os, signal; signal.signal(signal.SIGINT, lambda *_: print('what failed')); "
+        "open('FOLDER/part', 'w').write('{\"results\": [1]}'); "
         "os.replace('FOLDER/part', 'FOLDER/kernels.json'); signal.pause()"
     )
     listed = (
@@ -185,6 +187,7 @@ def test_a_stage_that_fails_or_hangs_stops_nothing(
     found = summary["stages"]
     assert found["tests"]["status"] == "failed with exit code 5"
     assert found["kernels"]["status"].startswith("stopped after")
+    assert found["kernels"]["last_lines"] == ["what failed"], "it may say so before it is killed"
     assert found["kernels"]["result"] == {"results": [1]}
     assert found["engine"]["status"] == "passed"
     assert found["engine"]["last_lines"] == ["here"]
