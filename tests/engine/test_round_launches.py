@@ -181,8 +181,9 @@ def test_a_round_through_scratch_memory_is_at_most_six_launches_and_nothing_else
 def test_every_launch_of_a_round_has_been_compiled_in_the_warm_up(compaction: str) -> None:
     """Regression: moves through scratch memory waited for a compiler while requests were served."""
     for rounds in make_rounds(compaction, "per_head", scattered=False):
-        with recorded(*MODULES) as warm:
+        with recorded(*MODULES) as warm, OnDevice() as seen:
             rounds.warm_up(0, Settings().policy(BLOCK_SIZE), num_blocks=1000)
+        assert seen.allocated >= MAX_BATCH_BYTES, "a card without room for it fails at start"
         with recorded(*MODULES) as served:
             rounds.run(make_plans(3))
             rounds.run(make_plans(1, moves_forward=False))
