@@ -1,4 +1,4 @@
-"""Train the small reasoner from scratch: some 170 minutes of two CPU cores without AMX, or a GPU.
+"""Train the small reasoner from scratch: an hour of two CPU cores with AMX, else three; or a GPU.
 
     PYTHONPATH=benchmarks python -m quality.train --folder RUN [--steps N] [--seed S] [--device cpu]
 

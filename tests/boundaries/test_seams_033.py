@@ -11,6 +11,10 @@ from seams_table import Seam, seams, versions
 from vllm_source import Source
 
 LINE = (0, 33)
+PASSED_ON = {
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks": ("self", "request"),
+}
+"""Wrapped, and whatever follows these parameters is passed on as it comes."""
 WHEELS = Path(__file__).parents[2] / ".cache" / "wheels"
 
 
@@ -58,8 +62,14 @@ def test_every_override_takes_the_parameters_that_the_wheel_has() -> None:
 )
 def test_what_is_called_takes_the_same_parameters_as_where_the_suite_runs(seam: Seam) -> None:
     found = installed_source().parameters(seam.module, seam.qualname)
+    written = recorded()[seam.kind, str(seam)].parameters
     assert found is not None
-    assert recorded()[seam.kind, str(seam)].parameters == found
+    assert written is not None
+    first = PASSED_ON.get(str(seam))
+    if first is None:
+        assert written == found
+    else:
+        assert written[: len(first)] == found[: len(first)] == first
 
 
 def test_the_record_is_what_the_wheel_says() -> None:

@@ -348,6 +348,25 @@ def test_a_hit_of_blocks_that_others_hold_is_taken_whole() -> None:
     assert world.plans == []
 
 
+@pytest.mark.parametrize(
+    ("asked", "num_hits"), [(None, 88), ({"kv_budget": 100}, 96), ({"kv_compression": "off"}, 96)]
+)
+def test_a_hit_is_cut_to_what_its_own_request_is_promised(asked: Asked, num_hits: int) -> None:
+    """Regression: one with a larger budget, or without compression, computed again what it found
+    and had room for."""
+    world = PoolWorld(replace(IN_WORLD, max_request_budget=140), 4, 37, max_batched=8)
+    world.add("first", prompt_of(0, 100), max_tokens=1, extra_args={"kv_compression": "off"})
+    while world.requests:
+        world.step()
+    world.add("beside", prompt_of(1, 38), max_tokens=20)
+    while not world.live or world.live["beside"].request.num_computed_tokens < 38:
+        world.step()
+    world.add("own", prompt_of(0, 100), max_tokens=8, extra_args=asked)
+    world.step()
+    world.check_invariants()
+    assert world.live["own"].num_hits == num_hits
+
+
 def test_what_a_request_asks_for_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: it was parsed several times a step."""
     parsed: list[object] = []

@@ -114,7 +114,7 @@ class PoolWorld:
         self.settings = settings
         own_blocks = (num_blocks - 1) // len(specs)
         self.capacity = Capacity(own_blocks, block_size, MAX_MODEL_LEN, depth * max_batched)
-        leave_room_beside_hits(self.kv.coordinator, self.managers, self.capacity)
+        leave_room_beside_hits(self.kv, self.managers, self.capacity)
         self.pressure = None
         if settings.pressure is not None:
             self.pressure = PoolPressure(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
@@ -238,7 +239,7 @@ def join_groups(coordinator: KVCacheCoordinator) -> list[CompressedKVCacheManage
 
 
 def leave_room_beside_hits(
-    coordinator: KVCacheCoordinator,
+    kv_cache_manager: KVCacheManager,
     managers: Sequence[CompressedKVCacheManager],
     capacity: Capacity,
 ) -> None:
@@ -248,22 +249,31 @@ def leave_room_beside_hits(
     than its prompt it would wait for the room that its own hit takes, for ever. So what a hit takes
     of free blocks leaves room in all groups for the request's next chunk, for a copy of the block
     in which it may end, and for a block of every request beside it. Blocks that other requests
-    hold cost nothing. What every request is promised, ``B + I``, it may always take, and wait for.
+    hold cost nothing. What a request is promised, ``B + I`` of its own budget, it may always take,
+    and wait for; one that is not compressed is promised all that it has room for.
 
     managers: of the compressed groups. capacity: of each of them.
     """
-    spec = managers[0].kv_cache_spec
-    promised = spec.max_blocks_per_request(spec.policy)
-    if promised is None:
-        return
-    find, pool = coordinator.find_longest_cache_hit, coordinator.block_pool
+    coordinator = kv_cache_manager.coordinator
+    of_request, find = kv_cache_manager.get_computed_blocks, coordinator.find_longest_cache_hit
+    pool, spec = coordinator.block_pool, managers[0].kv_cache_spec
     in_flight = cdiv(capacity.max_in_flight_tokens, capacity.block_size)
     num_copies = cdiv(len(coordinator.single_type_managers), len(managers))
+    promised: int | None = None
+
+    def get_computed_blocks(
+        request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[KVCacheBlocks, int, int]:
+        nonlocal promised
+        promised = spec.max_blocks_per_request(managers[0].policy_of(request.request_id))
+        return of_request(request, *args, **kwargs)
 
     def find_longest_cache_hit(
         block_hashes: Sequence[bytes], max_cache_hit_length: int
     ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
         found = find(block_hashes, max_cache_hit_length)
+        if promised is None:
+            return found
         num_used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         num_beside = len(managers[0].req_to_blocks)
         left = capacity.num_blocks - cdiv(num_used, len(managers)) - num_beside
@@ -276,6 +286,7 @@ def leave_room_beside_hits(
         )
         return found if found[1] <= longest else find(block_hashes, longest)
 
+    kv_cache_manager.get_computed_blocks = get_computed_blocks
     coordinator.find_longest_cache_hit = find_longest_cache_hit
 
 

@@ -79,8 +79,7 @@ class CompressionScheduler(Scheduler):
         self.compressed_managers = join_groups(self.kv_cache_manager.coordinator)
         self.settings = self.compressed_managers[0].kv_cache_spec.settings
         self.capacity = group_capacity(self.vllm_config, self.kv_cache_config)
-        coordinator = self.kv_cache_manager.coordinator
-        leave_room_beside_hits(coordinator, self.compressed_managers, self.capacity)
+        leave_room_beside_hits(self.kv_cache_manager, self.compressed_managers, self.capacity)
         for manager in self.compressed_managers:
             manager.requests = self.requests
         self.pressure = pool_pressure(self)
