@@ -22,7 +22,7 @@ def test_the_tables_of_the_page_are_those_of_the_result_files(name: str) -> None
 @pytest.mark.parametrize(
     ("name", "page"),
     [
-        *(("earlier_model", PAGE), ("other_seed", PAGE)),
+        *((name, PAGE) for name in ("earlier_model", "fewer_steps", "other_seed")),
         ("trained_again", PAGE.with_name("training.md")),
     ],
 )
