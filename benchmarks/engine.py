@@ -2,9 +2,10 @@
 
     python benchmarks/engine.py [--tiny] [--output FILE]
 
-Two engines with the same flags run side by side in processes of their own and take turns, a
-slice of decode steps each, so that whatever else the machine does meets both. Writes one JSON
-file with every figure and the conditions it was taken under.
+Engines with the same flags, one of full attention, one with compression and one with it but without
+redundancy, run side by side in processes of their own and take turns, a slice of decode steps each,
+so that whatever else the machine does meets all. Writes one JSON file with every figure and the
+conditions it was taken under.
 """
 
 import json
@@ -30,12 +31,16 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured. pool_bytes must hold the largest full-attention load."""
+    """What is measured. pool_bytes must hold the largest full-attention load.
+
+    variants: further settings of more engines, by name.
+    """
 
     model: dict[str, Any]
     contexts: tuple[int, ...]
     num_requests: tuple[int, ...]
     settings: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
     block_size: int
     pool_bytes: int
     max_num_batched_tokens: int
@@ -64,7 +69,8 @@ NORMAL = Size(
     },
     contexts=(2048, 8192, 16384),
     num_requests=(1, 4),
-    settings={"method": "triattention", "budget": 2048, "interval": 128, "window": 128},
+    settings={"method": "triattention", "budget": 2048, "interval": 128},
+    variants={"without_redundancy": {"score_redundancy": 0}},
     block_size=128,
     pool_bytes=640 << 20,
     max_num_batched_tokens=2048,
@@ -75,7 +81,8 @@ TINY = Size(
     model={"num_layers": 2, "hidden_size": 128, "head_dim": 32},
     contexts=(256, 1024),
     num_requests=(1, 4),
-    settings={"method": "triattention", "budget": 256, "interval": 32, "window": 32},
+    settings={"method": "triattention", "budget": 256, "interval": 32},
+    variants={"without_redundancy": {"score_redundancy": 0}},
     block_size=32,
     pool_bytes=8 << 20,
     max_num_batched_tokens=512,
@@ -132,9 +139,14 @@ def side_process(
 
 
 def start_sides(
-    stack: ExitStack, model: Path, size: Any, **more: Any
+    stack: ExitStack,
+    model: Path,
+    size: Any,
+    variants: Mapping[str, Mapping[str, Any]],
+    **more: Any,
 ) -> tuple[dict[str, SideProcess], Json]:
-    """Full attention and compression with the same flags, and what the engines are."""
+    """Full attention, compression and its variants with the same flags, and what the engines
+    are."""
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("TRIATTENTION_ENABLE")},
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -155,7 +167,8 @@ def start_sides(
         **more,
     }
     sides, described = {}, {}
-    for name, settings in (("full", None), ("compressed", size.settings)):
+    compressed = {name: size.settings | own for name, own in {"compressed": {}, **variants}.items()}
+    for name, settings in {"full": None, **compressed}.items():
         sides[name] = stack.enter_context(side_process(HERE / "engine_side.py", environment))
         started = {"model": str(model), "arguments": arguments, "settings": settings}
         described = sides[name].send(started)
@@ -163,7 +176,7 @@ def start_sides(
 
 
 def measure(sides: dict[str, SideProcess], size: Size, context: int, num_requests: int) -> Json:
-    """One load on both sides: prefill one after the other, then decode in turns."""
+    """One load on all sides: prefill one after the other, then decode in turns."""
     slices: dict[str, list[Json]] = {name: [] for name in sides}
     prefills = {}
     load = {"context": context, "num_requests": num_requests}
@@ -290,7 +303,9 @@ def run(size: Size, output: Path) -> None:
         model = write_tiny_model(
             Path(folder, "model"), max_position_embeddings=size.max_model_len, **size.model
         )
-        sides, described = start_sides(stack, model, size, max_num_seqs=max(size.num_requests))
+        sides, described = start_sides(
+            stack, model, size, size.variants, max_num_seqs=max(size.num_requests)
+        )
         results = []
         report = {"conditions": conditions(size, described), "results": results}
         for context in size.contexts:

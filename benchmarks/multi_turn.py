@@ -49,7 +49,7 @@ NORMAL = Size(
         "head_dim": 64,
         "dtype": "bfloat16",
     },
-    settings={"method": "triattention", "budget": 512, "interval": 128, "window": 64},
+    settings={"method": "triattention", "budget": 512, "interval": 128},
     chats=((256, 128), (256, 768), (1024, 128), (2048, 128)),
     message_tokens=64,
     num_chats=3,
@@ -59,7 +59,7 @@ NORMAL = Size(
 )
 TINY = Size(
     model={"num_layers": 2, "hidden_size": 128, "head_dim": 32},
-    settings={"method": "triattention", "budget": 128, "interval": 32, "window": 32},
+    settings={"method": "triattention", "budget": 128, "interval": 32},
     chats=((64, 32), (64, 160)),
     message_tokens=20,
     num_chats=2,
@@ -119,7 +119,7 @@ def run(size: Size, output: Path) -> None:
     """Measure every chat and write ``output``."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = write_tiny_model(Path(folder, "model"), **size.model)
-        sides, described = start_sides(stack, model, size)
+        sides, described = start_sides(stack, model, size, variants={})
         results = [measure(sides, size, chat, seed) for seed, chat in enumerate(size.chats)]
         report = {"conditions": conditions(size, described), "results": results}
     write_json(output, report)

@@ -20,6 +20,7 @@ def test_the_benchmark_measures_both_sides_in_one_run(tmp_path: Path) -> None:
     for result in loads.values():
         assert result["full"]["rounds"] == 0
         assert result["compressed"]["rounds"] > 0
+        assert result["without_redundancy"]["rounds"] == result["compressed"]["rounds"]
         assert 0 < result["compressed"]["rounds_share_of_decode"] < 1
     longest = loads[1024, 4]
     assert longest["compressed"]["most_blocks_held"] < longest["full"]["most_blocks_held"] / 3
