@@ -1,12 +1,13 @@
 """A soak: mixed traffic and faults on a compressing server, whose engine checks every step.
 
-    python benchmarks/soak.py [--minutes 60] [--seed 0] [--output FILE]
+    python benchmarks/soak.py [--minutes 60] [--seed 0] [--stock] [--output FILE]
 
 A tiny random model is served with a pool that is too small for the traffic, so that requests are
 preempted. Inside the engine ``soak_checks.py`` holds rows, references, bounds and the bytes of
 hashed blocks after each step; a broken law ends the server. Writes one JSON file: what was sent
 and lost, steps and rounds, and the trend of memory, descriptors and threads of every process.
-Ends with status 1 where anything was lost.
+Ends with status 1 where anything was lost. ``--stock`` serves without compression and its checks,
+to tell what vLLM's own processes do under the same traffic.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import aiohttp
 from engine import HERE, Json, conditions
 from prometheus_client.parser import text_string_to_metric_families
 from reporting import write_json
-from soak_checks import ASYNC, FOLDER, plugin_folder
+from soak_memory import FOLDER
 from soak_processes import ProcessSampler
 from soak_traffic import Traffic, learn_references
 from tiny_model import write_tiny_model
@@ -48,17 +49,16 @@ _SECONDS_TO_FINISH = 900.0
 @dataclass(frozen=True)
 class Size:
     """What is served. The pool has 192 blocks of 32 tokens; 64 requests at budget + interval
-    would need 640."""
+    would need 640. Without compression a request has to fit into it whole."""
 
     minutes: float
     seed: int
-    asynchronous: bool = True
+    stock: bool
     pool_bytes: int = 6 << 20
     block_size: int = 32
     budget: int = 256
     interval: int = 64
     window: int = 32
-    max_model_len: int = 8192
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 64
 
@@ -68,8 +68,26 @@ class Size:
         return min(60.0, self.minutes * 60 / 5)
 
     @property
+    def max_model_len(self) -> int:
+        """More than the pool holds, with compression."""
+        return 6000 if self.stock else 8192
+
+    @property
+    def plugins(self) -> list[str]:
+        """General plugins of vLLM, which every process of the server loads. On a CPU vLLM switches
+        asynchronous scheduling off."""
+        common = ["cpu_engine:keep_async_scheduling", "soak_memory:install"]
+        return common if self.stock else [*common, "soak_checks:install"]
+
+    @property
     def arguments(self) -> list[str]:
         """Of ``vllm serve``."""
+        compression = [
+            "--kv-compression=triattention",
+            f"--kv-compression-config.budget={self.budget}",
+            f"--kv-compression-config.interval={self.interval}",
+            f"--kv-compression-config.window={self.window}",
+        ]
         return [
             "--served-model-name=tiny",
             "--dtype=float32",
@@ -84,11 +102,8 @@ class Size:
             "--shutdown-timeout=20",
             "--disable-uvicorn-access-log",
             # Asynchronous scheduling keeps two steps in flight with workers of their own only.
-            f"--distributed-executor-backend={'mp' if self.asynchronous else 'uni'}",
-            "--kv-compression=triattention",
-            f"--kv-compression-config.budget={self.budget}",
-            f"--kv-compression-config.interval={self.interval}",
-            f"--kv-compression-config.window={self.window}",
+            "--distributed-executor-backend=mp",
+            *([] if self.stock else compression),
         ]
 
 
@@ -123,14 +138,14 @@ async def send(server: Server, size: Size, traffic: Traffic, sampler: ProcessSam
     return {"resets_of_the_prefix_cache": num_resets}
 
 
-async def soak(server: Server, size: Size) -> Json:
+async def soak(server: Server, size: Size, folder: Path) -> Json:
     """The whole report of one server, without conditions."""
-    sampler = ProcessSampler(server.process.pid)
+    sampler = ProcessSampler(server.process.pid, folder)
     timeout = aiohttp.ClientTimeout(total=_SECONDS_TO_FINISH)
     # The server closes a connection that was idle for 5 s, which may be when it is used again.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        traffic = Traffic(session, server.root_url, size.seed)
+        traffic = Traffic(session, server.root_url, size.seed, size.stock)
         start = time.monotonic()
         faults = await send(server, size, traffic, sampler)
         seconds = time.monotonic() - start
@@ -183,19 +198,28 @@ def wait_until_idle(folder: Path) -> Json:
     raise TimeoutError(f"the scheduler still has requests: {found}")
 
 
+def write_plugins(folder: Path, plugins: list[str]) -> None:
+    """Metadata of a distribution that has these plugins, where ``folder`` is on the path."""
+    metadata = folder / "soak-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: soak\nVersion: 0\n")
+    entries = [f"{plugin.replace(':', '_')} = {plugin}\n" for plugin in plugins]
+    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\n" + "".join(entries))
+
+
 def run(size: Size, output: Path) -> bool:
     """Serve, send, write ``output``; returns whether nothing was lost."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = write_tiny_model(folder / "model", num_layers=2, hidden_size=128, head_dim=32)
+        write_plugins(folder, size.plugins)
         environment = {
             **ENVIRONMENT,
             "TRIATTENTION_CACHE": str(folder / "cache"),
             "PYTHONPATH": os.pathsep.join(
-                [str(plugin_folder(folder)), str(HERE), os.environ.get("PYTHONPATH", "")]
+                [str(folder), str(HERE), os.environ.get("PYTHONPATH", "")]
             ),
             FOLDER: str(folder),
-            ASYNC: str(int(size.asynchronous)),
         }
         log = output.with_suffix(".log")
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -204,14 +228,16 @@ def run(size: Size, output: Path) -> bool:
         ) as server:
             described = {"arguments": size.arguments, "environment": ENVIRONMENT}
             report: Json = {"conditions": conditions(size, described)}
-            report |= asyncio.run(soak(server, size))
-            report["checks"] = {
-                "scheduler": wait_until_idle(folder),
-                "worker": json.loads((folder / "worker.json").read_text()),
-            }
+            report |= asyncio.run(soak(server, size, folder))
+            if not size.stock:
+                report["checks"] = {
+                    "scheduler": wait_until_idle(folder),
+                    "worker": json.loads((folder / "worker.json").read_text()),
+                }
         report["exit_code"] = server.stop()
     write_json(output, report)
-    print(json.dumps({name: report[name] for name in ("totals", "checks", "metrics")}, indent=1))
+    told = {name: report[name] for name in ("totals", "checks", "metrics") if name in report}
+    print(json.dumps(told, indent=1))
     print(f"wrote {output}")
     clean = not report["totals"]["lost"] and report["exit_code"] == 0
     if clean:
@@ -224,10 +250,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    default = HERE / "results" / "soak_cpu.json"
-    parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument("--stock", action="store_true", help="vLLM without compression")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/soak[_stock]_cpu.json"
+    )
     args = parser.parse_args()
-    sys.exit(0 if run(Size(args.minutes, args.seed), args.output) else 1)
+    output = args.output or HERE / "results" / f"soak{'_stock' if args.stock else ''}_cpu.json"
+    sys.exit(0 if run(Size(args.minutes, args.seed, args.stock), output) else 1)
 
 
 if __name__ == "__main__":

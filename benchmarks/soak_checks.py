@@ -12,22 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu_engine import keep_async_scheduling
+from soak_memory import FOLDER
 
-FOLDER = "SOAK_FOLDER"
-ASYNC = "SOAK_ASYNC"
 _STEPS_BETWEEN_REPORTS = 200
-
-
-def plugin_folder(folder: Path) -> Path:
-    """Metadata of a distribution whose plugin is ``install``; goes on the server's path."""
-    metadata = folder / "soak_checks-0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: soak-checks\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nsoak_checks = soak_checks:install\n"
-    )
-    return folder
 
 
 def install() -> None:
@@ -38,8 +25,6 @@ def install() -> None:
     if "soak_is_installed" in vars(CompressionScheduler):
         return
     CompressionScheduler.soak_is_installed = True
-    if os.environ[ASYNC] == "1":
-        keep_async_scheduling()
     _watch_scheduler(CompressionScheduler)
     _watch_worker(CompressionWorker)
 

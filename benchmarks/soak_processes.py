@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy
 import psutil
+from soak_memory import path_of
 
-QUANTITIES = ("rss_mib", "fds", "threads")
 _NUM_PARTS = 10
 
 
@@ -24,10 +24,12 @@ class Samples:
 
 
 class ProcessSampler:
-    """Samples the process ``pid`` and all that descend from it."""
+    """Samples the process ``pid`` and all that descend from it; what they say of themselves is in
+    ``folder`` (``soak_memory``)."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, folder: Path) -> None:
         self.root = psutil.Process(pid)
+        self.folder = folder
         self.start = time.monotonic()
         self.samples: dict[str, Samples] = defaultdict(Samples)
 
@@ -49,13 +51,18 @@ class ProcessSampler:
             own.values["rss_mib"].append(process.memory_info().rss / 2**20)
             own.values["fds"].append(process.num_fds())
             own.values["threads"].append(process.num_threads())
+            told = path_of(self.folder, process.pid)
+            if told.exists():
+                in_use, num_blocks = told.read_text().split()
+                own.values["in_use_mib"].append(float(in_use))
+                own.values["python_blocks"].append(float(num_blocks))
 
     def report(self, warm_up: float) -> dict[str, Any]:
         """The trend of each quantity of each process, from ``warm_up`` seconds on."""
         return {
             name: {
-                quantity: trend(own.seconds, own.values[quantity], warm_up)
-                for quantity in QUANTITIES
+                quantity: trend(own.seconds, values, warm_up)
+                for quantity, values in own.values.items()
             }
             for name, own in self.samples.items()
             if len([s for s in own.seconds if s >= warm_up]) >= _NUM_PARTS

@@ -53,22 +53,25 @@ class Tally:
 
 
 class Traffic:
-    """Clients of the server at ``url``; one random generator makes all their choices."""
+    """Clients of the server at ``url``; one random generator makes all their choices. A stock
+    server, without the plugin, gets the same traffic without what it does not know."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, seed: int) -> None:
+    def __init__(self, session: aiohttp.ClientSession, url: str, seed: int, stock: bool) -> None:
         self.session = session
         self.url = url
         self.rng = random.Random(seed)
+        self.stock = stock
+        self.kinds = {name: KINDS[name] for name in KINDS if not (stock and name == "bad_value")}
         self.tallies: dict[str, Tally] = defaultdict(lambda: Tally(Counter()))
         self.losses: list[str] = []
         self.references: dict[int, dict[str, float]] = {}
 
     async def one(self) -> None:
         """One request of a random kind, or several that belong together."""
-        names = list(KINDS)
-        name = self.rng.choices(names, [KINDS[name][1] for name in names])[0]
+        names = list(self.kinds)
+        name = self.rng.choices(names, [self.kinds[name][1] for name in names])[0]
         try:
-            outcomes = await KINDS[name][0](self)
+            outcomes = await self.kinds[name][0](self)
         except (aiohttp.ClientError, TimeoutError) as error:
             outcomes = [Outcome("lost", reason=f"{type(error).__name__} {error}")]
         for outcome in outcomes:
@@ -91,24 +94,25 @@ class Traffic:
         async with self.session.post(f"{self.url}{path}", data=data, headers=headers) as response:
             return response.status, await response.text()
 
+    def body(self, **body: Any) -> Json:
+        """A body with what all requests share."""
+        if self.stock:
+            body.pop("vllm_xargs", None)
+        return {"model": "tiny", "temperature": 1.0, "ignore_eos": True, **body}
+
     async def complete(self, prompt: str, num_tokens: int, **body: Any) -> Outcome:
         """A completion of exactly so many tokens per choice."""
         sent = {"prompt": prompt, "max_tokens": num_tokens, **body}
-        status, answer = await self.post("/v1/completions", request_body(**sent))
+        status, answer = await self.post("/v1/completions", self.body(**sent))
         return judge(status, answer, num_tokens * body.get("n", 1))
 
     async def chat(self, messages: list[Json], num_tokens: int, **body: Any) -> tuple[Outcome, str]:
         """A turn of a chat, and what was answered."""
         sent = {"messages": messages, "max_tokens": num_tokens, **body}
-        status, answer = await self.post("/v1/chat/completions", request_body(**sent))
+        status, answer = await self.post("/v1/chat/completions", self.body(**sent))
         outcome = judge(status, answer, num_tokens)
         served = outcome.result == "served"
         return outcome, json.loads(answer)["choices"][0]["message"]["content"] if served else ""
-
-
-def request_body(**body: Any) -> Json:
-    """A body with what all requests share."""
-    return {"model": "tiny", "temperature": 1.0, "ignore_eos": True, **body}
 
 
 def judge(status: int, answer: str, num_tokens: int) -> Outcome:
@@ -164,7 +168,7 @@ async def off(traffic: Traffic) -> list[Outcome]:
 async def stop_string(traffic: Traffic) -> list[Outcome]:
     """Ends before the string, or at its full length."""
     stop = traffic.rng.choice(["e", "qz", "zx", "th"])
-    body = request_body(prompt=traffic.text(5, 60), max_tokens=600, stop=[stop])
+    body = traffic.body(prompt=traffic.text(5, 60), max_tokens=600, stop=[stop])
     status, answer = await traffic.post("/v1/completions", body)
     if status != 200:
         return [Outcome("lost", reason=f"{status} {answer}")]
@@ -202,7 +206,7 @@ async def aborted_stream(traffic: Traffic) -> list[Outcome]:
 async def _stream(
     traffic: Traffic, num_tokens: int, most_chunks: int | None, pause: float
 ) -> Outcome:
-    body = request_body(
+    body = traffic.body(
         prompt=traffic.text(10, 200),
         max_tokens=num_tokens,
         stream=True,
@@ -304,7 +308,7 @@ async def malformed(traffic: Traffic) -> list[Outcome]:
 
 async def bad_value(traffic: Traffic) -> list[Outcome]:
     xargs = traffic.rng.choice(_BAD_XARGS)
-    body = request_body(prompt=traffic.text(1, 50), max_tokens=200, vllm_xargs=xargs)
+    body = traffic.body(prompt=traffic.text(1, 50), max_tokens=200, vllm_xargs=xargs)
     body["stream"] = traffic.rng.random() < 0.5
     return [_refusal(*await traffic.post("/v1/completions", body), xargs)]
 
@@ -330,7 +334,7 @@ _PROBES: list[tuple[str, Json]] = [
 async def probe_one(traffic: Traffic, idx: int) -> Outcome:
     """The first answer to a probe is the reference of the later ones."""
     prompt, more = _PROBES[idx]
-    body = request_body(prompt=prompt, max_tokens=1, logprobs=20, **more) | {"temperature": 0.0}
+    body = traffic.body(prompt=prompt, max_tokens=1, logprobs=20, **more) | {"temperature": 0.0}
     status, answer = await traffic.post("/v1/completions", body)
     if status != 200:
         return Outcome("lost", reason=f"{status} {answer}")
