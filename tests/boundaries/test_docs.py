@@ -1,6 +1,7 @@
 """The documents name only what exists: files, tests and symbols."""
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -128,3 +129,21 @@ def test_what_is_missing_is_found(tmp_path: Path) -> None:
     assert definitions(tmp_path / "here.py") == {"Here", "Here.field"}
     assert TEST_NAME.findall(prose(document)) == ["test_that_is_gone"]
     assert FILE_IN_BACKTICKS.findall(prose(document)) == ["gone/file.py", "test_gone.py"]
+
+
+def test_what_processes_of_a_soak_hold_is_that_of_the_result_files() -> None:
+    """Engine core and worker hold what they held; the API server grows on both sides."""
+    documented = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    reports = [
+        json.loads((ROOT / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+        for name in ("soak_stock_cpu.json", "soak_cpu.json")
+    ]
+    rows = {"engine core": "EngineCore", "worker": "Worker", "API server": "vllm serve"}
+    for row, process in rows.items():
+        cells = []
+        for report in reports:
+            (found,) = (held for name, held in report["processes"].items() if process in name)
+            held = found["in_use_mib"]
+            assert held["is_flat"] == (row != "API server")
+            cells.append(f"{held['first_part']:.1f} -> {held['last_part']:.1f}")
+        assert f"| {row} | {cells[0]} | {cells[1]} |" in documented

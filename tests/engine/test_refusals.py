@@ -82,10 +82,6 @@ REFUSED: dict[str, tuple[Callable[[VllmConfig], Any], str]] = {
     "Ray executor": (with_parallel(distributed_executor_backend="ray"), "use the 'mp' executor"),
     "elastic expert parallel": (with_parallel(enable_elastic_ep=True), "warms up again while"),
     "micro-batching": (with_parallel(use_ubatching=True), "micro-batching"),
-    "model runner V2": (
-        lambda config: Changed(config, use_v2_model_runner=True),
-        "VLLM_USE_V2_MODEL_RUNNER unset",
-    ),
     "an unverified speculative method": (
         with_ngram(method="ngram_gpu"),
         "'ngram_gpu' has not been verified",
@@ -197,6 +193,21 @@ def test_model_runner_v2_is_refused_where_a_step_can_write_too_few_rows(
         return
     with pytest.raises(UnsupportedError, match="or install vLLM 0.30 or newer"):
         refuse_unsupported(on_gpu, Settings())
+
+
+@pytest.mark.parametrize(("triton", "knows"), [(True, True), (True, False), (False, True)])
+def test_model_runner_v2_on_a_cpu_needs_a_triton_for_it(
+    triton: bool, knows: bool, config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own choice on a CPU is V2 where Triton has a backend for it."""
+    monkeypatch.setattr(refusals, "HAS_TRITON", triton)
+    monkeypatch.setattr(refusals, "RUNNER_V2_KNOWS_THE_CPU", knows)
+    on_v2 = Changed(config, use_v2_model_runner=True)
+    if triton and knows:
+        refuse_unsupported(on_v2, Settings())
+        return
+    with pytest.raises(UnsupportedError, match="set VLLM_USE_V2_MODEL_RUNNER=0"):
+        refuse_unsupported(on_v2, Settings())
 
 
 def test_union_over_ranks_that_hold_different_heads_is_refused(config: VllmConfig) -> None:

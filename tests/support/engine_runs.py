@@ -80,25 +80,23 @@ class Job:
     extra_args: Sequence[dict[str, Any] | None] | None = None
 
 
-def run_engine(
+def engine_job(
     model: str | Path,
     prompts: Sequence[Sequence[int]],
     max_tokens: int | Sequence[int],
     settings: dict[str, Any] | None,
     *,
-    plugin: bool = True,
     async_scheduling: bool = False,
     repeat: int = 1,
     kernel_block_size: int | None = None,
     extra_args: Sequence[dict[str, Any] | None] | None = None,
     **engine: Any,
-) -> EngineRun:
-    """Generate greedily, all prompts at once, in a process of its own. ``repeat`` sends the same
-    prompts again to the same engine; the last time counts. ``kernel_block_size``: the only block
-    size that the attention backend claims to take, so that vLLM splits larger ones.
-    ``extra_args``: of each request. Raises ProcessError where the engine fails."""
+) -> Job:
+    """All prompts at once, greedily. ``repeat`` sends the same prompts again to the same engine;
+    the last time counts. ``kernel_block_size``: the only block size that the attention backend
+    claims to take, so that vLLM splits larger ones. ``extra_args``: of each request."""
     lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-    job = Job(
+    return Job(
         str(model),
         [list(prompt) for prompt in prompts],
         lengths,
@@ -109,8 +107,14 @@ def run_engine(
         kernel_block_size,
         extra_args,
     )
+
+
+def run_engine(*arguments: Any, plugin: bool = True, **more: Any) -> EngineRun:
+    """``generate`` the job with these arguments of ``engine_job`` in a process of its own. Raises
+    ProcessError where the engine fails."""
     environment = {} if plugin else {"VLLM_PLUGINS": ""}
-    run: EngineRun = run_fresh(_generate, job, environment=environment, timeout=550)
+    job = engine_job(*arguments, **more)
+    run: EngineRun = run_fresh(generate, job, environment=environment, timeout=550)
     return run
 
 
@@ -166,7 +170,7 @@ def random_prompt(length: int, seed: int) -> list[int]:
     return torch.randint(0, 256, (length,), generator=generator).tolist()
 
 
-def _generate(job: Job) -> EngineRun:
+def generate(job: Job) -> EngineRun:
     """Runs in the engine's process."""
     from vllm import SamplingParams
 

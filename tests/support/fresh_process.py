@@ -86,10 +86,11 @@ def run_script(
     script: Path, job: Mapping[str, Any], *, timeout: float = 550, **environment: str
 ) -> Any:
     """What the function ``run`` of a script returned for ``job``, see ``run_fresh``."""
-    return run_fresh(_run_script, script, dict(job), environment=environment, timeout=timeout)
+    return run_fresh(run_script_here, script, dict(job), environment=environment, timeout=timeout)
 
 
-def _run_script(script: Path, job: dict[str, Any]) -> Any:
+def run_script_here(script: Path, job: dict[str, Any]) -> Any:
+    """What its function ``run`` returns for ``job``, in this process."""
     # Workers inherit the path, and find there what they are asked to call.
     sys.path.insert(0, str(script.parent))
     return import_module(script.stem).run(job)

@@ -35,6 +35,9 @@ STAGED_WRITES_GROW = LINE >= (0, 30)
 """Whether model runner V2 takes more writes into its rows in a step than it has requests. Before, a
 step with a round for every request, each of which also gets a block, ended it."""
 
+RUNNER_V2_KNOWS_THE_CPU = LINE >= (0, 32)
+"""Whether model runner V2 has been seen to compress on a CPU."""
+
 JIT_MONITOR_CAN_WAIT = LINE >= (0, 31)
 """Whether the CUDA worker turns vLLM's monitor of kernel compilations on in a method of its own,
 which ours calls behind its own warm-up; before, that warm-up is reported (``--jit-monitor-mode

@@ -7,11 +7,16 @@ from torch import nn
 from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
+from vllm.triton_utils import HAS_TRITON
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from triattention_vllm.config import Settings
-from triattention_vllm.engine.differences import CPU_BUILD_VERIFIES_DRAFTS, STAGED_WRITES_GROW
+from triattention_vllm.engine.differences import (
+    CPU_BUILD_VERIFIES_DRAFTS,
+    RUNNER_V2_KNOWS_THE_CPU,
+    STAGED_WRITES_GROW,
+)
 from triattention_vllm.engine.drafts import SPECULATIVE_METHODS
 from triattention_vllm.engine.stored_kv import KV_DTYPES
 from triattention_vllm.errors import UnsupportedError
@@ -88,8 +93,11 @@ def _config_refusals(vllm_config: VllmConfig, settings: Settings) -> Iterator[st
     on_cpu = _is_on_cpu(vllm_config)
     if vllm_config.speculative_config is not None and on_cpu and not CPU_BUILD_VERIFIES_DRAFTS:
         yield "vLLM 0.30 fails on the CPU at its first draft; use another release for drafts"
-    if vllm_config.use_v2_model_runner and on_cpu:
-        yield "model runner V2 does not run on the CPU; leave VLLM_USE_V2_MODEL_RUNNER unset"
+    if vllm_config.use_v2_model_runner and on_cpu and not (HAS_TRITON and RUNNER_V2_KNOWS_THE_CPU):
+        yield (
+            "model runner V2 runs on the CPU from vLLM 0.32 on where vLLM finds a Triton for it; "
+            "set VLLM_USE_V2_MODEL_RUNNER=0"
+        )
     elif vllm_config.use_v2_model_runner and not STAGED_WRITES_GROW:
         yield (
             "model runner V2 has no room for a round's rows before vLLM 0.30; set "
