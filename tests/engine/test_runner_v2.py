@@ -54,7 +54,7 @@ def run_on_v2(
 
 def test_triton_alone_computes_what_the_dense_reference_computes(tmp_path: Path, text: str) -> None:
     """vLLM's attention and writer of KV blocks, and our score, selection, repack and shift: what a
-    GPU would run, in rounds between the chunks of a prompt and in decoding."""
+    GPU would run, in the warm-up, in rounds between the chunks of a prompt and in decoding."""
     folder = write_tiny_model(tmp_path / "model", num_layers=2)
     run = run_on_v2(
         folder,
@@ -65,6 +65,7 @@ def test_triton_alone_computes_what_the_dense_reference_computes(tmp_path: Path,
         block_size=16,
         max_num_batched_tokens=64,
     )
+    assert run.worker == "InterpretedGPUWorker"
     (request,) = run.requests
     dense = DenseReference(folder)
     result = replayed(run, request, dense, SMALL)

@@ -57,6 +57,7 @@ class EngineRun:
     steps: list[dict[str, tuple[int, int, int]]]
     num_preemptions: int
     scheduler: str
+    worker: str
     block_size: int
     group_block_sizes: list[int]
     ref_counts: list[int]
@@ -310,6 +311,7 @@ class _Recorder:
             steps=self.steps,
             num_preemptions=self.num_preemptions,
             scheduler=type(self.scheduler).__name__,
+            worker=type(self.worker).__name__,
             block_size=self.managers[0].block_size,
             group_block_sizes=[manager.block_size for manager in self.all_managers],
             ref_counts=[block.ref_cnt for block in pool.blocks[1:]],

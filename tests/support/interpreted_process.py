@@ -19,7 +19,8 @@ from fresh_script import ON_TRITONS_INTERPRETER
 
 BACKENDS = ("CPU_ATTN", "TRITON_ATTN")
 """CPU_ATTN is fast. TRITON_ATTN runs nothing but Triton: vLLM's attention and writer of KV blocks,
-and this package's own kernels, in the place of their PyTorch implementations."""
+and this package's own kernels, in the place of their PyTorch implementations; and its worker is
+this package's for a GPU."""
 
 
 def run_interpreted(
@@ -30,11 +31,7 @@ def run_interpreted(
     with tempfile.TemporaryDirectory() as name:
         job, result = Path(name, "job"), Path(name, "result")
         torch.save((function, arguments), job)
-        own = {
-            "VLLM_USE_V2_MODEL_RUNNER": "1",
-            "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
+        own = {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
             [sys.executable, __file__, backend, str(job), str(result)],
             env={**os.environ, **ONE_ENGINE, **ON_TRITONS_INTERPRETER, **own},
@@ -81,6 +78,8 @@ def choose(backend: str) -> None:
         module: Any = import_module(f"triattention_kernels.{operation}")
         assert callable(module.choose)
         module.choose = lambda *_: "triton"
+    choice: Any = import_module("triattention_vllm.engine.worker_choice")
+    choice.WORKERS[choice.CPU_WORKER] = "interpreted_worker.InterpretedGPUWorker"
 
 
 if __name__ == "__main__":
