@@ -1,6 +1,7 @@
 """Compression on vLLM's model runner V2, the one that runs on GPUs: its own code on the CPU, all of
 its Triton kernels under the interpreter, against the dense float64 reference."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,19 @@ def test_triton_alone_computes_what_the_dense_reference_computes(tmp_path: Path,
     assert_pool_is_as_at_the_start(run)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_two_steps_in_flight_and_a_preemption(
-    model_folder: ModelFolder, reference: Callable[[Path], DenseReference], text: str
+    num_ranks: int,
+    model_folder: ModelFolder,
+    reference: Callable[[Path], DenseReference],
+    text: str,
 ) -> None:
-    model = model_folder("qwen3")
-    tiny_pool = {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 32, "max_num_seqs": 8}
+    """And a model that is split over ranks of its own processes."""
+    if len(os.sched_getaffinity(0)) < num_ranks:
+        pytest.skip("two ranks need a core each")
+    model, executor = model_folder("qwen3"), "mp" if num_ranks > 1 else "uni"
+    tiny_pool = {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+    ranks = {"tensor_parallel_size": num_ranks, "distributed_executor_backend": executor}
     seen = run_script_interpreted(
         Path(__file__).with_name("ranks_script.py"),
         {
@@ -88,7 +97,7 @@ def test_two_steps_in_flight_and_a_preemption(
             "settings": {**SMALL, "calibration_text": text},
             "prompts": [random_prompt(n, n) for n in (20, 110, 250)],
             "max_tokens": 180,
-            "engines": [{"asynchronous": True, **tiny_pool}],
+            "engines": [{"asynchronous": True, **tiny_pool, **ranks}],
         },
         timeout=SECONDS,
     )
@@ -99,6 +108,7 @@ def test_two_steps_in_flight_and_a_preemption(
     judge = Judge(reference(model), statistics, Settings(**SMALL), BLOCK_SIZE)
     judge.check(run["requests"])
     assert all(request.num_rounds >= 2 for request in run["requests"])
+    assert {len(kept) for kept in run["requests"][0].lives[0].kept} == {num_ranks}
     assert any(len(request.lives) > 1 for request in run["requests"])
     assert run["num_held"] == 0
 
