@@ -44,7 +44,8 @@ def _report() -> None:
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = _Mallinfo2
     path = path_of(Path(os.environ[FOLDER]), os.getpid())
-    unfinished = path.with_suffix(".part")
+    # Beside the others': processes write at the same time.
+    unfinished = path.with_name(f"{path.name}.part")
     while True:
         gc.collect()
         found = mallinfo2()

@@ -53,7 +53,8 @@ class Tally:
 
 
 class Traffic:
-    """Clients of the server at ``url``; one random generator makes all their choices. A stock
+    """Clients of the server at ``url``; one random generator makes all their choices, once every
+    kind was sent, so that some seconds have all of them. A stock
     server, without the plugin, gets the same traffic without what it does not know."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str, seed: int, stock: bool) -> None:
@@ -62,6 +63,7 @@ class Traffic:
         self.rng = random.Random(seed)
         self.stock = stock
         self.kinds = {name: KINDS[name] for name in KINDS if not (stock and name == "bad_value")}
+        self.first = self.rng.sample(list(self.kinds), len(self.kinds))
         self.tallies: dict[str, Tally] = defaultdict(lambda: Tally(Counter()))
         self.losses: list[str] = []
         self.references: dict[int, dict[str, float]] = {}
@@ -69,7 +71,8 @@ class Traffic:
     async def one(self) -> None:
         """One request of a random kind, or several that belong together."""
         names = list(self.kinds)
-        name = self.rng.choices(names, [self.kinds[name][1] for name in names])[0]
+        weights = [self.kinds[name][1] for name in names]
+        name = self.first.pop() if self.first else self.rng.choices(names, weights)[0]
         try:
             outcomes = await self.kinds[name][0](self)
         except (aiohttp.ClientError, TimeoutError) as error:
