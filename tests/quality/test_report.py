@@ -23,7 +23,7 @@ def test_the_tables_of_the_page_are_those_of_the_result_files(name: str) -> None
     ("name", "page"),
     [
         *((name, PAGE) for name in ("earlier_model", "fewer_steps", "other_seed")),
-        ("trained_again", PAGE.with_name("training.md")),
+        ("trained_in_parts", PAGE.with_name("training.md")),
     ],
 )
 def test_the_table_of_another_model_is_that_of_its_file(name: str, page: Path) -> None:
