@@ -10,7 +10,7 @@ export DO_NOT_TRACK := 1
 export VLLM_CACHE_ROOT := $(CURDIR)/.cache/vllm
 export TRIATTENTION_CACHE := $(CURDIR)/.cache/triattention
 
-.PHONY: install test test-beside test-oldest test-matrix test-gpu seams-033 lint format demo bench clean
+.PHONY: install test test-beside test-oldest test-matrix test-v2 test-gpu seams-033 lint format demo bench clean
 
 install: $(STAMP)
 
@@ -30,9 +30,13 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Tests with engines keep one core busy most of the time; beside them: what needs none, and the core
-# on the oldest release.
+# Tests with engines keep one core busy most of the time; beside them: what needs none, the core on
+# the oldest release, and engines on vLLM's other model runner, that of GPUs.
 BESIDE := tests/kernels tests/method tests/support
+ON_V2 := tests/engine/test_features.py tests/engine/test_own_budgets.py tests/engine/test_restarts.py \
+	tests/engine/test_ranks.py::test_ranks_keep_what_the_dense_reference_keeps \
+	tests/engine/test_speculative.py::test_a_draft_model_reads_its_own_compressed_cache \
+	'tests/engine/test_hybrid_models.py::test_full_attention_layers_are_compressed_and_the_others_left_alone[gemma3-groups0-settings0]'
 BESIDE_LOG := .cache/test-beside.log
 
 test: install
@@ -43,6 +47,13 @@ test: install
 
 test-beside: lint test-oldest
 	$(BIN)/python -m pytest $(BESIDE)
+	$(BIN)/python -m pytest --runner-v2 --timeout 1800 $(ON_V2)
+
+# All engine tests on it, for a new release of vLLM: an hour. Ranks that share no process with the
+# test are not reached.
+test-v2: install
+	$(BIN)/python -m pytest --runner-v2 --timeout 3600 tests/engine \
+		--deselect tests/engine/test_ranks.py::test_data_parallel_ranks_answer_alike_and_as_the_dense_reference
 
 # Other releases of vLLM, each in an environment of its own: make test-matrix VERSIONS="0.28.0"
 OLDEST := 0.28.0

@@ -35,6 +35,7 @@ class Engine:
             },
         )
         self.observer = Observer(self.llm)
+        self.sampling = {"temperature": 1.0, "seed": 3, **job["sampling"]}
         adapters = enumerate(job["adapters"], start=1)
         self.adapters = [LoRARequest(f"adapter {i}", i, path) for i, path in adapters]
 
@@ -67,7 +68,7 @@ class Engine:
             ]
             observed[name] = self.observer.take()
 
-        note("sampling", self.generate([prompt], length, temperature=1.0, seed=3, top_p=0.95))
+        note("sampling", self.generate([prompt], length, **self.sampling))
         text = answers["sampling"][0][0]
         note("n", self.generate([prompt], length, n=3, temperature=1.0, seed=7))
         note("prompt_logprobs", self.generate([long_prompt], 8, prompt_logprobs=5))
@@ -76,8 +77,7 @@ class Engine:
         sampling = {"structured_outputs": grammar, "ignore_eos": False}
         note("structured", self.generate([prompt], 2 * length, **sampling))
         stop = late_part(text)
-        same = {"temperature": 1.0, "seed": 3, "top_p": 0.95}
-        note("stop", self.generate([prompt], length, stop=[stop], **same))
+        note("stop", self.generate([prompt], length, stop=[stop], **self.sampling))
         note("lora", self.generate([prompt] * 2, length, loras=self.adapters))
         beams = self.llm.beam_search(
             [{"prompt_token_ids": long_prompt}],

@@ -81,7 +81,7 @@ def write_eagle3_head(folder: Path, target: Path) -> Path:
         "architectures": ["LlamaForCausalLMEagle3"],
         "num_hidden_layers": 1,
         "draft_vocab_size": config["vocab_size"] - num_left_out,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(head, folder / "model.safetensors", metadata={"format": "pt"})

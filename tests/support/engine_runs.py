@@ -270,7 +270,7 @@ class _Recorder:
                 computed = self.scheduler.requests[request_id].num_computed_tokens
                 self.starts.setdefault(request_id, []).append(computed - num_tokens)
                 proposed = output.scheduled_spec_decode_tokens.get(request_id, [])
-                self.drafts.setdefault(request_id, []).append(list(proposed))
+                self.drafts.setdefault(request_id, []).append(self._drafts(request_id, proposed))
             rows = {}
             for request in self.scheduler.running:
                 row = manager.req_to_blocks[request.request_id]
@@ -281,6 +281,14 @@ class _Recorder:
             return output
 
         self.scheduler.schedule = schedule
+
+    def _drafts(self, request_id: str, proposed: Sequence[int]) -> list[int]:
+        """Model runner V2 tells the scheduler how many there are, and keeps which they are."""
+        if -1 not in proposed:
+            return list(proposed)
+        states = self.worker.model_runner.req_states
+        own: torch.Tensor = states.draft_tokens[states.req_id_to_index[request_id]]
+        return own[: len(proposed)].tolist()
 
     def result(self, outputs: Sequence[Any]) -> EngineRun:
         pool = self.scheduler.kv_cache_manager.block_pool

@@ -25,8 +25,8 @@ NOTES = {
     "Async scheduling": "two steps in flight, 112 requests at once",
     "CUDA": "refused unless `TRIATTENTION_ALLOW_UNTESTED_VLLM=1`",
     "CUDA graphs": "metadata is written into persistent buffers at every step",
-    "Model runner V2": "its own code ran on a CPU under Triton's interpreter and "
-    "computed what the reference does; refused before vLLM 0.30",
+    "Model runner V2": "its own code passes the engine tests on a CPU, under Triton's "
+    "interpreter; refused before vLLM 0.30",
     "Tensor parallel": "each rank scores its own heads; `union` is refused",
     "Pipeline parallel": "the layer mean of `per_head` is taken per stage; `per_layer_per_head` is "
     "that of one rank; `union` is refused",

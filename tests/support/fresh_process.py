@@ -7,6 +7,7 @@ nothing else, and every run is a fork of that: engines of different settings sha
 import atexit
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,9 +16,11 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from fresh_script import ON_TRITONS_INTERPRETER
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
@@ -38,6 +41,10 @@ ONE_ENGINE = {
     "OMP_NUM_THREADS": "1",
 }
 """Environment of an engine whose core runs in the process that makes it."""
+SLOWER = 6
+"""What Triton's interpreter may take, in times of what the CPU build takes on model runner V1."""
+always_on_v2 = False
+"""Set by the option ``--runner-v2``: every process is as one of ``run_on_v2``."""
 
 
 class ProcessError(RuntimeError):
@@ -50,6 +57,8 @@ def run_fresh(
     """What ``function(*arguments)`` returned in a fork whose environment is this process's, with
     ``environment`` on top. Raises ProcessError where it failed or took more than ``timeout``
     seconds."""
+    if always_on_v2:
+        return run_on_v2(function, *arguments, environment=environment, timeout=SLOWER * timeout)
     _start_server()
     with tempfile.TemporaryDirectory() as folder:
         # A pipe, since functions may limit how much their process writes to files.
@@ -73,6 +82,37 @@ def run_fresh(
             how = f"did not end in {timeout:g} s" if ended is None else f"ended with {ended}"
             end = said[-12000:].decode(errors="replace")
             raise ProcessError(f"{function.__name__} {how}:\n{end}")
+        return torch.load(result, weights_only=False)
+
+
+def run_on_v2(
+    function: Callable[..., Any],
+    *arguments: object,
+    backend: str = "CPU_ATTN",
+    environment: Mapping[str, str] = MappingProxyType({}),
+    timeout: float,
+) -> Any:
+    """As ``run_fresh``, in a process whose vLLM runs model runner V2, all kernels of Triton under
+    its interpreter. ``backend``: CPU_ATTN is fast; TRITON_ATTN runs nothing but Triton, vLLM's
+    attention and writer of KV blocks and this package's own kernels in the place of their PyTorch
+    implementations, and its worker is this package's for a GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder, "job"), Path(folder, "result")
+        torch.save((function, arguments), job)
+        own = {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        script = Path(__file__).with_name("interpreted_process.py")
+        done = subprocess.run(
+            [sys.executable, script, backend, job, result],
+            env={**os.environ, **ONE_ENGINE, **environment, **ON_TRITONS_INTERPRETER, **own},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        end = done.stdout[-12000:]
+        if done.returncode != 0:
+            raise ProcessError(f"{function.__name__} ended with {done.returncode}:\n{end}")
+        assert "Using V2 Model Runner" in done.stdout, end
         return torch.load(result, weights_only=False)
 
 
