@@ -101,14 +101,17 @@ def run_on_v2(
         torch.save((function, arguments), job)
         own = {"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         script = Path(__file__).with_name("interpreted_process.py")
-        done = subprocess.run(
-            [sys.executable, script, backend, job, result],
-            env={**os.environ, **ONE_ENGINE, **environment, **ON_TRITONS_INTERPRETER, **own},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, script, backend, job, result],
+                env={**os.environ, **ONE_ENGINE, **environment, **ON_TRITONS_INTERPRETER, **own},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ProcessError(f"{function.__name__} did not end in {timeout:g} s") from error
         end = done.stdout[-12000:]
         if done.returncode != 0:
             raise ProcessError(f"{function.__name__} ended with {done.returncode}:\n{end}")

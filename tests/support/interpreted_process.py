@@ -21,9 +21,12 @@ def main() -> None:
     keep_truth()
     # vLLM looks at a model class in one more process, because it may initialise CUDA.
     import_module("vllm.model_executor.models.registry")._run_in_subprocess = lambda look: look()
-    # Workers of their own are forks, which have this Triton too; vLLM would start new processes.
-    executor: Any = import_module("vllm.v1.executor.multiproc_executor")
-    executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    # Workers and engines of their own are forks, which have this Triton too; vLLM would start new
+    # processes.
+    for name in ("vllm.v1.executor.multiproc_executor", "vllm.v1.engine.utils"):
+        module: Any = import_module(name)
+        assert callable(module.get_mp_context)
+        module.get_mp_context = lambda: multiprocessing.get_context("fork")
     choose(backend)
     function, arguments = torch.load(job, weights_only=False)
     torch.save(function(*arguments), result)
